@@ -1,0 +1,128 @@
+"""Rank, world size and the few collectives minitron needs. Every function also works with no process group."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from typing import Any
+
+from minitron.errors import LaunchError
+
+
+def rank() -> int:
+    """This process's global rank."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """This process's rank on its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process speaks and writes for all."""
+    return rank() == 0
+
+
+def device() -> Any:
+    """The device of this process: its GPU, or the CPU."""
+    import torch
+
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def initialized() -> bool:
+    """Whether a process group exists."""
+    import torch.distributed
+
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def init(timeout_seconds: float = 600.0) -> None:
+    """Join the process group that the launcher's environment describes; nothing to do for one process.
+
+    Raises:
+        LaunchError: the rendezvous cannot be reached.
+    """
+    import torch
+    import torch.distributed
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    if world_size() == 1 or initialized():
+        return
+    backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
+    try:
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+    except (torch.distributed.DistError, ValueError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise LaunchError(f"rank {rank()} of {world_size()} cannot join the process group at {address}: {error}") from error
+
+
+def init_single() -> None:
+    """Make a process group of one process, for engines that insist on having a group."""
+    import torch.distributed
+
+    if initialized():
+        return
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        os.environ.setdefault(key, value)
+    torch.distributed.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
+
+
+def shutdown() -> None:
+    """Leave the process group. gloo's worker thread may still hold the last tensors: give it a moment, or the interpreter aborts at exit."""
+    if initialized():
+        import torch.distributed
+
+        torch.distributed.barrier()
+        time.sleep(0.2)
+        torch.distributed.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if initialized():
+        import torch.distributed
+
+        torch.distributed.barrier()
+
+
+def all_reduce_sum(tensor: Any) -> Any:
+    """Sum a tensor over all ranks in place and return it."""
+    if initialized() and world_size() > 1:
+        import torch.distributed
+
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    if not (initialized() and world_size() > 1):
+        return value
+    import torch.distributed
+
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on at least one rank."""
+    if not (initialized() and world_size() > 1):
+        return flag
+    import torch
+
+    return bool(all_reduce_sum(torch.tensor([int(flag)], device=device())).item() > 0)

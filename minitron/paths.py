@@ -1,0 +1,31 @@
+"""Where the configuration and kernel sources lie: inside an installed package, or beside it in a checkout."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _first_existing(name: str) -> Path:
+    for candidate in (_PACKAGE / name, _PACKAGE.parent / name):
+        if candidate.is_dir():
+            return candidate
+    raise FileNotFoundError(f"minitron's folder '{name}' is neither in nor beside {_PACKAGE}")
+
+
+def conf_dir() -> Path:
+    """The folder of Hydra configuration groups."""
+    return _first_existing("conf")
+
+
+def kernels_dir() -> Path:
+    """The folder of CUDA and C++ sources."""
+    return _first_existing("kernels")
+
+
+def cache_dir() -> Path:
+    """A per-user folder for things made once (converted teachers): ``$MINITRON_CACHE`` or ``~/.cache/minitron``."""
+    root = os.environ.get("MINITRON_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "minitron")
+    return Path(root)
