@@ -1,0 +1,95 @@
+"""The training loop. It knows rhythm, and neither engines, nor families, nor losses, nor trackers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from minitron import dist
+from minitron.core.protocols import Engine
+from minitron.distill.pair import TeacherStudent
+from minitron.ops.kd_loss import IGNORE_INDEX
+
+
+class Batches(Protocol):
+    """Where the loop draws from: all micro-batches of this rank for one optimiser step."""
+
+    def next(self) -> list[dict[str, torch.Tensor]]:
+        """Micro-batches of CPU tensors ``input_ids`` and ``labels``, [micro-batch, sequence]."""
+
+
+@dataclass
+class Progress:
+    """How far training is. ``tokens`` counts valid tokens over all ranks."""
+
+    step: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class StepReport:
+    """One finished optimiser step. Tensors stay on the device until someone reads them."""
+
+    step: int
+    tokens: int
+    learning_rate: float
+    gradient_norm: torch.Tensor
+    seconds: float
+    step_tokens: int
+    terms: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def read(self) -> dict[str, float]:
+        """The metrics as numbers, terms summed over ranks: one collective and one host synchronisation."""
+        names = list(self.terms)
+        stacked = dist.all_reduce_sum(torch.stack([self.terms[name].detach().float() for name in names]))
+        values: dict[str, Any] = dict(zip(names, stacked.tolist(), strict=True))
+        values |= {"learning_rate": self.learning_rate, "gradient_norm": float(self.gradient_norm)}
+        return {"tokens": self.tokens, **values, "tokens_per_second": self.step_tokens / max(self.seconds, 1e-9)}
+
+
+#: Called after every optimiser step on every rank; a true answer stops training.
+Hook = Callable[[StepReport], bool | None]
+
+
+def count_tokens(micro_batches: Iterable[dict[str, torch.Tensor]]) -> int:
+    """Valid tokens of an optimiser step over all ranks, counted on the CPU so that no device waits."""
+    count = torch.tensor(sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in micro_batches))
+    return int(dist.all_reduce_sum(count))
+
+
+def train(
+    pair: TeacherStudent,
+    engine: Engine,
+    batches: Batches,
+    *,
+    learning_rate: Callable[[int], float],
+    num_steps: int,
+    progress: Progress,
+    hooks: list[Hook],
+) -> Progress:
+    """Train from ``progress`` to ``num_steps`` optimiser steps, or until a hook says stop."""
+    while progress.step < num_steps:
+        started = time.perf_counter()
+        micro_batches = batches.next()
+        step_tokens = count_tokens(micro_batches)
+        denominator = torch.tensor(float(max(step_tokens, 1)), device=dist.device())
+
+        sums: dict[str, torch.Tensor] = {}
+        for index, batch in enumerate(micro_batches):
+            terms = pair.losses(batch, denominator)
+            engine.backward(terms["loss"], boundary=index == len(micro_batches) - 1)
+            for name, value in terms.items():
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+
+        rate = learning_rate(progress.step)
+        gradient_norm = engine.step(rate)
+        progress.step += 1
+        progress.tokens += step_tokens
+        report = StepReport(progress.step, progress.tokens, rate, gradient_norm, time.perf_counter() - started, step_tokens, sums)
+        if any([hook(report) for hook in hooks]):  # every hook runs, then one may stop
+            break
+    return progress

@@ -1,0 +1,39 @@
+"""Held-out loss and divergence of a student in training, through the same root as the training loss."""
+
+from __future__ import annotations
+
+import torch
+
+from minitron import dist
+from minitron.distill.pair import TeacherStudent
+from minitron.ops.kd_loss import IGNORE_INDEX
+
+
+def validation_batches(sequences: torch.Tensor, *, micro_batch_size: int) -> list[dict[str, torch.Tensor]]:
+    """This rank's micro-batches of held-out sequences [num, length]; every rank gets equally many, inert ones fill up."""
+    world, rank = dist.world_size(), dist.rank()
+    labels = torch.full_like(sequences, IGNORE_INDEX)
+    labels[:, :-1] = sequences[:, 1:]
+    missing = -len(sequences) % world
+    if missing:
+        sequences = torch.cat([sequences, sequences[:1].expand(missing, -1)])
+        labels = torch.cat([labels, torch.full_like(labels[:1], IGNORE_INDEX).expand(missing, -1)])
+    share = len(sequences) // world
+    mine = slice(rank * share, (rank + 1) * share)
+    pairs = zip(sequences[mine].split(micro_batch_size), labels[mine].split(micro_batch_size), strict=True)
+    return [{"input_ids": ids, "labels": label} for ids, label in pairs]
+
+
+def validate(pair: TeacherStudent, batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """``validation_loss`` and, with a teacher, ``validation_kl``: means over all held-out tokens of all ranks."""
+    tokens = torch.tensor(float(sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)))
+    denominator = dist.all_reduce_sum(tokens).to(dist.device())
+    sums: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for batch in batches:
+            for name, value in pair.losses(batch, denominator, validate=True).items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value
+    names = [name for name in ("cross_entropy", "forward_kl") if name in sums]
+    values = dist.all_reduce_sum(torch.stack([sums[name].float() for name in names])).tolist()
+    label = {"cross_entropy": "validation_loss", "forward_kl": "validation_kl"}
+    return {label[name]: value for name, value in zip(names, values, strict=True)}

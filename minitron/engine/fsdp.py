@@ -1,0 +1,89 @@
+"""FSDP2: weights, gradients and optimiser state sharded over all ranks, gathered block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from minitron import dist
+from minitron.engine.offload import offload_blocks
+from minitron.engine.optimizer import OptimizerConfig, build_adamw, set_learning_rate
+from minitron.engine.state import full_tensors, pack, unpack
+
+if TYPE_CHECKING:
+    from minitron.engine import EngineConfig
+
+
+class FsdpEngine:
+    """Fully sharded data parallelism with float32 shards and, in bf16, float32 gradient reduction."""
+
+    name = "fsdp"
+
+    def __init__(self, config: EngineConfig, *, optimizer: OptimizerConfig, compute_dtype: torch.dtype) -> None:
+        dist.init_single()
+        self.compute_dtype = compute_dtype
+        self._optimizer_config = optimizer
+        self._mesh = init_device_mesh(dist.device().type, (dist.world_size(),))
+        bf16 = compute_dtype == torch.bfloat16
+        self._policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+
+    def prepare(self, root: nn.Module, *, blocks: list[nn.Module]) -> Callable[..., dict[str, torch.Tensor]]:
+        """Shard each block, then what is left in the root; the head stays whole from the root's forward to its backward."""
+        root.float()
+        for block in blocks:
+            fully_shard(block, mesh=self._mesh, mp_policy=self._policy)
+        fully_shard(root, mesh=self._mesh, mp_policy=self._policy)
+        root.to(dist.device())
+        self._root = root
+        self._optimizer = build_adamw(root, self._optimizer_config)
+        return root
+
+    def prepare_frozen(self, teacher: nn.Module, *, blocks: list[nn.Module], placement: str) -> Callable[..., torch.Tensor]:
+        """``shard``: the teacher gets groups of its own, in its own dtype, gathered one block at a time and never whole."""
+        if placement == "offload":
+            return offload_blocks(teacher, blocks)
+        if placement == "shard":
+            for block in blocks:
+                fully_shard(block, mesh=self._mesh)
+            fully_shard(teacher, mesh=self._mesh, reshard_after_forward=True)
+        return teacher.to(dist.device())
+
+    def backward(self, loss: torch.Tensor, *, boundary: bool) -> None:
+        """Reduce gradients at the boundary only. FSDP averages over ranks, so the loss is multiplied by their number."""
+        assert isinstance(self._root, FSDPModule)
+        self._root.set_requires_gradient_sync(boundary)
+        (loss * dist.world_size()).backward()
+
+    def step(self, learning_rate: float) -> torch.Tensor:
+        """Clip by the global norm, update, clear."""
+        parameters = [p for p in self._root.parameters() if p.grad is not None]
+        limit = self._optimizer_config.gradient_clipping
+        norm = nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf"))
+        set_learning_rate(self._optimizer, learning_rate)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """This rank's shards."""
+        return pack(self._root, self._optimizer)
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Put this rank's shards back."""
+        unpack(self._root, self._optimizer, state)
+
+    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole weights, one gathered at a time."""
+        return full_tensors(self._root)
+
+    @contextmanager
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[list[torch.Tensor]]:
+        """Whole copies of sharded parameters."""
+        yield [p.full_tensor().detach() if isinstance(p, DTensor) else p.detach() for p in parameters]

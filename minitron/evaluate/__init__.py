@@ -1,0 +1,5 @@
+"""Quality of finished models."""
+
+from minitron.evaluate.perplexity import EvaluateConfig, perplexity
+
+__all__ = ["EvaluateConfig", "perplexity"]

@@ -1,0 +1,49 @@
+"""Perplexity on held-out text: exp of the mean negative log-likelihood per predicted token of packed windows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from minitron import dist
+from minitron.core.options import option
+from minitron.log import Progress
+from minitron.models.head import decoder_of, head_weight
+from minitron.ops.kd_loss import IGNORE_INDEX
+from minitron.ops.token_loss import token_losses
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Section ``evaluate``."""
+
+    num_sequences: int = option(64, "held-out sequences, at most")
+    batch_size: int = option(4, "sequences per forward", recorded=True)
+
+
+def perplexity(model: nn.Module, sequences: torch.Tensor, *, batch_size: int, what: str) -> dict[str, float]:
+    """Loss and perplexity over ``sequences`` [num, length]; ranks share the work, no ``[tokens, vocab]`` tensor is made.
+
+    Returns:
+        ``loss`` (nats per token), ``perplexity``, ``num_tokens`` (predicted ones).
+    """
+    decoder, head, device = decoder_of(model), head_weight(model), dist.device()
+    batches = sequences.split(batch_size)
+    total = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, tokens
+    bar = Progress(f"evaluate {what}", total=len(sequences), unit="sequence")
+    with torch.no_grad():
+        for index, batch in enumerate(batches):
+            if index % dist.world_size() == dist.rank():
+                ids = batch.to(device)
+                labels = torch.full_like(ids, IGNORE_INDEX)
+                labels[:, :-1] = ids[:, 1:]
+                hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+                losses = token_losses(hidden.flatten(0, 1), head, labels.flatten())
+                total += torch.stack([losses.double().sum(), (labels != IGNORE_INDEX).sum().double()])
+            bar.advance(len(batch))
+    loss_sum, tokens = dist.all_reduce_sum(total).tolist()
+    loss = loss_sum / max(tokens, 1)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "num_tokens": int(tokens)}

