@@ -1,0 +1,240 @@
+"""The command line: ``minitron COMMAND [group=option …] [key=value …]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minitron import __version__, dist, host, log
+from minitron.errors import ConfigError, Interrupted, MinitronError, nearest
+from minitron.paths import conf_dir
+
+_COMMANDS = {
+    "compress": "run the whole recipe: recipe=…, experiment=…",
+    "plan": "say what a run will take, before it starts (no weights needed)",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns 0 when done or stopped on request, 1 on a bug, 2 on bad input, 3 for ``--finished`` of an unfinished run."""
+    host.prepare()
+    arguments, overrides = _parser().parse_known_args(argv)
+    log.setup(arguments.debug)
+    try:
+        return _dispatch(arguments, list(arguments.overrides) + overrides)
+    except Interrupted as interruption:
+        log.get_logger("minitron").info("%s", interruption)
+        return 0
+    except MinitronError as error:
+        if arguments.debug:
+            traceback.print_exc()
+        sys.stderr.write(f"minitron: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("minitron: interrupted; the same command goes on from the last checkpoint\n")
+        return 130
+    finally:
+        if "torch.distributed" in sys.modules:
+            _leave_group()
+
+
+def _leave_group() -> None:
+    """Leave the process group in good order; after an error the other ranks may be gone, so do not wait for them."""
+    if sys.exc_info()[0] is None:
+        dist.shutdown()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="minitron", add_help=False, allow_abbrev=False)
+    parser.add_argument("command", nargs="?")
+    parser.add_argument("overrides", nargs="*")
+    for flag in ("--help", "-h"):
+        parser.add_argument(flag, dest="help", action="store_true")
+    for flag in ("--version", "--debug", "--dry-run", "--json"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--finished", metavar="RUN_DIR")
+    parser.add_argument("--device")
+    parser.add_argument("--devices", type=int)
+    return parser
+
+
+def _dispatch(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    if arguments.version:
+        _say(f"minitron {__version__}")
+        return 0
+    if arguments.finished:
+        from minitron.pipeline import finished
+
+        return 0 if finished(Path(arguments.finished)) else 3
+    unknown = [word for word in overrides if word.startswith("--")]
+    if unknown:
+        raise ConfigError(f"there is no flag {unknown[0]}; {nearest(unknown[0], _FLAGS)}")
+    if arguments.command is None or (arguments.command == "help"):
+        _say(_overview())
+        return 0 if arguments.help or arguments.command == "help" else 2
+    from minitron.stages import STAGES
+
+    if arguments.command not in {**_COMMANDS, **STAGES}:
+        raise ConfigError(f"there is no command or stage '{arguments.command}'; {nearest(arguments.command, [*_COMMANDS, *STAGES])}")
+    if arguments.help:
+        _say(_stage_help(arguments.command, overrides))
+        return 0
+    return _run(arguments, overrides)
+
+
+_FLAGS = ("--help", "--version", "--debug", "--dry-run", "--json", "--finished", "--device", "--devices")
+
+
+def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from minitron.config import build_config
+
+    raw, experiment = compose(overrides)
+    config = build_config(raw)
+    if arguments.command == "plan" or arguments.dry_run:
+        return _plan(config, arguments)
+    from minitron.checks import check_config
+    from minitron.pipeline import run_stages
+
+    stages = config.recipe.stages if arguments.command == "compress" else [arguments.command]
+    check_config(config, stages)
+    _quiet_libraries()
+    dist.init()
+    command = "minitron " + " ".join([arguments.command, *overrides])
+    run_stages(config, stages, command=command, experiment=experiment)
+    if arguments.command == "compress" and dist.is_main():
+        from minitron.summary import summary
+
+        _say(summary(Path(config.run_dir).expanduser(), config))
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' own chatter off the screen; minitron reports by itself."""
+    import torch
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not torch.cuda.is_available():
+        host.keep_freed_memory()
+
+
+def compose(overrides: list[str]) -> tuple[Any, str | None]:
+    """The composed configuration, and the experiment's name.
+
+    Raises:
+        ConfigError: an override that cannot be read, an unknown group member or key; with the nearest known name.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    experiment = _check_overrides(overrides)
+    if experiment and not any(word.lstrip("+").startswith("experiment_name=") for word in overrides):
+        overrides = [*overrides, f"experiment_name={experiment}"]
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            return hydra_compose("config", overrides=overrides), experiment
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(line.strip() for line in str(error).splitlines()[:2] if line.strip())) from error
+
+
+def groups() -> dict[str, list[str]]:
+    """Configuration group → its options, read off the folder."""
+    return {folder.name: sorted(p.stem for p in folder.glob("*.yaml")) for folder in sorted(conf_dir().iterdir()) if folder.is_dir()}
+
+
+def _check_overrides(overrides: list[str]) -> str | None:
+    """Refuse unknown groups, members and keys before composing; returns the experiment's name."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    from minitron.config import SECTIONS, known_keys
+
+    known, members, experiment = known_keys(), groups(), None
+    for word in overrides:
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except HydraException as error:
+            raise ConfigError(f"'{word}' is not an override of the form key=value ({str(error).splitlines()[0]})") from error
+        key = override.key_or_group
+        if key in members:
+            value = override.value()
+            chosen = value if isinstance(value, list) else [value]
+            for name in chosen:
+                if name is not None and str(name) not in members[key]:
+                    raise ConfigError(f"{key}={name} is unknown; {nearest(str(name), members[key])}")
+            experiment = str(value) if key == "experiment" and value is not None else experiment
+        elif key not in known and not key.startswith(("tracking.", "hydra.")) and not _inside_dict(key, known):
+            names = sorted(known) if "." in key else [*known, *members, *SECTIONS]
+            raise ConfigError(f"there is no option '{key}'; {nearest(key, names)}")
+    return experiment
+
+
+def _inside_dict(key: str, known: dict[str, Any]) -> bool:
+    """Whether a key lies inside an option that is a dictionary (``loss.terms.forward_kl``, ``teacher.config.vocab_size``)."""
+    return any(key.startswith(f"{name}.") and "dict" in str(kind) for name, kind in known.items())
+
+
+def _plan(config: Any, arguments: argparse.Namespace) -> int:
+    from minitron.estimate import estimate
+    from minitron.summary import plan_table
+
+    _quiet_libraries()
+    predicted = estimate(config, device_name=arguments.device, num_devices=arguments.devices)
+    _say(json.dumps(predicted.to_dict(), indent=1) if arguments.json else plan_table(predicted))
+    return 0
+
+
+def _overview() -> str:
+    from minitron.stages import STAGES, load_stage
+
+    rows = [(name, text) for name, text in _COMMANDS.items()] + [(name, load_stage(name).HELP) for name in STAGES]
+    lines = ["minitron COMMAND [group=option …] [key=value …]", ""]
+    lines += [f"  {name:<12}{text}" for name, text in rows]
+    lines += ["", f"flags: {' '.join(_FLAGS)}", "", "groups:"]
+    lines += [f"  {name}={'|'.join(options)}" for name, options in groups().items()]
+    lines += ["", "minitron COMMAND --help lists a command's options and their defaults."]
+    return "\n".join(lines)
+
+
+def _stage_help(command: str, overrides: list[str]) -> str:
+    """A command's options with their defaults (those of the groups and the experiment that are given)."""
+    import dataclasses
+
+    from minitron.config import SECTIONS, TOP, build_config
+    from minitron.stages import STAGES, load_stage
+
+    config = build_config(compose(overrides)[0])
+    if command in STAGES:
+        names, text = load_stage(command).SECTIONS, load_stage(command).HELP
+    else:
+        names, text = tuple(SECTIONS) + ("tracking",), _COMMANDS[command]
+    lines = [f"minitron {command} [group=option …] [key=value …]: {text}", ""]
+    rows = [(name, default, help) for name, (_, default, help) in TOP.items() if name != "experiment_name"]
+    for name in names:
+        if name == "tracking":
+            rows.append(("tracking", ",".join(config.tracking), "jsonl, console, wandb, or a list such as tracking=[jsonl,wandb]"))
+            continue
+        section = config.recipe if name == "recipe" else config.sections[name]
+        rows += [(f"{name}.{f.name}", getattr(section, f.name), f.metadata.get("help", "")) for f in dataclasses.fields(section)]
+    for key, value, help in rows:
+        shown = "null" if value is None else str(value)
+        lines.append(f"  {key:<36}{shown if len(shown) <= 24 else shown[:21] + '...':<26}{help}")
+    return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    """The command line's own output."""
+    if dist.is_main():
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""What a run will take, before it starts: parameters, FLOPs, time per stage and memory per rank, from configs alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from minitron import dist
+from minitron.config import Config
+from minitron.core.architecture import Architecture
+from minitron.core.cost import device, scoring_flops, training_bytes, training_flops
+from minitron.engine import resolve_dtype
+from minitron.models import config_of, discover, resolve_teacher
+from minitron.search import axis_values, budget, enumerate_shapes, explicit_shape
+
+#: Share of a plain matrix product's rate that whole stages reach: measured on two CPU cores; on GPUs a modest MFU.
+_EFFICIENCY = {"cpu": 0.6, "gpu": 0.4}
+#: Seconds of a stage that are not arithmetic: reading and writing models, tokenising, starting.
+_OVERHEAD = {"importance": 12.0, "rank": 12.0, "prune": 5.0, "distill": 10.0, "correct": 10.0, "export": 4.0, "evaluate": 6.0}
+
+
+@dataclass
+class Estimate:
+    """Predicted shape and cost of a run. Times are seconds, memory is bytes per rank."""
+
+    teacher: Architecture
+    student: Architecture
+    flops: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
+    num_steps: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The estimate as plain JSON."""
+        return {
+            "teacher": {**self.teacher.to_dict(), "num_parameters": self.teacher.num_parameters},
+            "student": {**self.student.to_dict(), "num_parameters": self.student.num_parameters},
+            "flops": self.flops,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "memory_bytes_per_rank": self.memory,
+            "num_steps": self.num_steps,
+        }
+
+
+def teacher_shape(config: Config) -> Architecture:
+    """The teacher's shape, from its config alone when the section holds one."""
+    teacher = config.sections["teacher"]
+    folder = None if teacher.config else resolve_teacher(teacher)
+    return discover(config_of(folder, teacher)).architecture
+
+
+def student_shape(config: Config, teacher: Architecture) -> tuple[Architecture, int]:
+    """The shape nearest to the budget, or the explicit one, and how many candidates there will be."""
+    target, search = config.sections["target"], config.sections["search"]
+    if target.name == "explicit":
+        return explicit_shape(target, teacher), 1
+    wanted = budget(target, teacher)
+    found = enumerate_shapes(axis_values(search, teacher), teacher, num_parameters=wanted, tolerance=target.tolerance)
+    return found[0], min(len(found), search.num_candidates)
+
+
+def estimate(config: Config, *, device_name: str | None = None, num_devices: int | None = None) -> Estimate:
+    """Predict the configured recipe on this machine, or on a number of devices of a named kind.
+
+    Raises:
+        MinitronError: the teacher, target or device cannot be used.
+    """
+    teacher = teacher_shape(config)
+    student, num_candidates = student_shape(config, teacher)
+    result = Estimate(teacher, student)
+    training, length = config.sections["training"], config.sections["data"].sequence_length
+    world = num_devices or dist.world_size()
+    if device_name:
+        rate, efficiency, bf16 = device(device_name).flops, _EFFICIENCY["gpu"], True
+    else:
+        bf16 = resolve_dtype(training.precision) == torch.bfloat16
+        rate, efficiency = measured_rate(torch.bfloat16 if bf16 else torch.float32), _EFFICIENCY["gpu" if torch.cuda.is_available() else "cpu"]
+    for stage in config.recipe.stages:
+        tokens, flops = _stage_cost(stage, config, teacher, student, num_candidates)
+        result.tokens[stage], result.flops[stage] = tokens, flops
+        result.seconds[stage] = flops / (rate * efficiency * world) + _OVERHEAD.get(stage, 1.0)
+    if training.num_steps or training.num_tokens:
+        result.num_steps = training.steps(length)
+    engine = config.sections["engine"]
+    result.memory = training_bytes(
+        student,
+        teacher,
+        world_size=world,
+        sharded_student=engine.name == "fsdp" or (engine.name == "deepspeed" and engine.zero_stage == 3),
+        sharded_teacher=config.sections["teacher"].placement == "shard",
+        micro_batch_tokens=training.micro_batch(length) * length,
+        bf16=bf16,
+        checkpointing=engine.activation_checkpointing,
+        chunk_rows=1024 if device_name or torch.cuda.is_available() else 256,
+    )
+    return result
+
+
+def _stage_cost(stage: str, config: Config, teacher: Architecture, student: Architecture, num_candidates: int) -> tuple[float, float]:
+    """Tokens and FLOPs of one stage."""
+    sections, length = config.sections, config.sections["data"].sequence_length
+    training = sections["training"]
+    if stage == "importance":
+        tokens = float(sections["importance"].num_samples * length)
+        return tokens, scoring_flops(teacher, num_tokens=tokens, sequence_length=length)
+    if stage == "correct":
+        settings = sections["correct"].training(training)
+        tokens = float(settings.steps(length) * settings.batch_size * length) if settings.num_steps or settings.num_tokens else 0.0
+        return tokens, training_flops(teacher, None, num_tokens=tokens, sequence_length=length)
+    if stage == "distill" and (training.num_steps or training.num_tokens):
+        tokens = float(training.steps(length) * training.batch_size * length)
+        validation = training.num_validation_sequences * length * (2 + training.steps(length) // max(training.evaluate_every, 10**9))
+        return tokens, _with_validation(student, teacher, tokens, validation, length)
+    if stage == "rank" and num_candidates > 1:
+        settings = sections["ranking"].training(training)
+        tokens = float(settings.steps(length) * settings.batch_size * length)
+        points = 1 + -(-settings.steps(length) // max(settings.evaluate_every, 1))
+        each = _with_validation(student, None, tokens, points * settings.num_validation_sequences * length, length)
+        shared = tokens + settings.num_validation_sequences * length  # candidates share one teacher forward per batch
+        return tokens * num_candidates, num_candidates * each + shared * teacher.flops_per_token(length)
+    if stage == "evaluate":
+        tokens = float(sections["evaluate"].num_sequences * length)
+        return 3 * tokens, tokens * (teacher.flops_per_token(length) + 2 * student.flops_per_token(length))
+    return 0.0, 0.0
+
+
+def _with_validation(student: Architecture, teacher: Architecture | None, tokens: float, validation: float, length: int) -> float:
+    forward = student.flops_per_token(length) + (teacher.flops_per_token(length) if teacher else 0.0)
+    return training_flops(student, teacher, num_tokens=tokens, sequence_length=length) + validation * forward
+
+
+def measured_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a plain matrix product on this process's device, the best of a few tries."""
+    size = 4096 if torch.cuda.is_available() else 1024
+    a, b = (torch.randn(size, size, device=dist.device()).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        c = a @ b
+        if c.is_cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best

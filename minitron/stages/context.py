@@ -1,0 +1,152 @@
+"""What a stage is given, and the questions that several stages ask of a run folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from minitron.core.architecture import Architecture
+from minitron.core.candidate import Candidate, read_candidates
+from minitron.core.manifest import Manifest
+from minitron.core.protocols import Tracker
+from minitron.data import Text, data_fingerprint, open_text
+from minitron.engine import resolve_dtype
+from minitron.errors import CheckpointError, DataError
+from minitron.models import Family, config_of, discover, load_causal_lm, load_tokenizer, resolve_teacher
+from minitron.tracking import build_trackers
+from minitron.tracking.jsonl import FILE_NAME, truncate_after
+
+
+@dataclass
+class StageContext:
+    """A stage's view of the run: its folder, the sections that the stage declared, and a way to be asked to stop."""
+
+    run_dir: Path
+    title: str
+    seed: int
+    sections: SimpleNamespace
+    stop: Callable[[], bool] = lambda: False
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    def original_teacher(self) -> Path | None:
+        """The folder that ``teacher.path`` leads to; None for a config-only teacher."""
+        if "teacher" not in self.memory:
+            self.memory["teacher"] = resolve_teacher(self.sections.teacher)
+        return self.memory["teacher"]  # type: ignore[no-any-return]
+
+    def teacher_folder(self, *, to_cut: bool = False) -> Path:
+        """The teacher's weights: the corrected ones when there are some; ``to_cut`` asks for what is scored and pruned.
+
+        Raises:
+            CheckpointError: the teacher is a config without weights.
+        """
+        corrected = self.run_dir / "teacher"
+        done = Manifest.read(corrected) if corrected.is_dir() else None
+        if done is not None and not (to_cut and done.results.get("prune_from") == "original"):
+            return corrected
+        folder = self.original_teacher()
+        if folder is None:
+            raise CheckpointError("the teacher is only a config here: give teacher.path=FOLDER_OR_HUB_ID with its weights")
+        return folder
+
+    def teacher_config(self) -> Any:
+        """The teacher's HF config."""
+        return config_of(self.original_teacher(), self.sections.teacher)
+
+    def family(self) -> Family:
+        """The teacher's family and shape."""
+        return discover(self.teacher_config())
+
+    def load_teacher(self, *, to_cut: bool = False, device: torch.device | None = None) -> nn.Module:
+        """The teacher in the dtype of ``teacher.dtype``."""
+        teacher = self.sections.teacher
+        return load_causal_lm(
+            self.teacher_folder(to_cut=to_cut), dtype=resolve_dtype(teacher.dtype), device=device, trust_remote_code=teacher.trust_remote_code
+        )
+
+    def data_fingerprint(self) -> str:
+        """The content hash of the text."""
+        if "data" not in self.memory:
+            self.memory["data"] = data_fingerprint(self.sections.data)
+        return self.memory["data"]  # type: ignore[no-any-return]
+
+    def text(self) -> Text:
+        """The text, tokenised by the teacher's tokenizer."""
+        if "text" not in self.memory:
+            folder = self.original_teacher()
+            if folder is None:
+                raise CheckpointError("the teacher is only a config here, without a tokenizer: give teacher.path=FOLDER_OR_HUB_ID")
+            tokenizer = load_tokenizer(folder, trust_remote_code=self.sections.teacher.trust_remote_code)
+            self.memory["text"] = open_text(self.sections.data, tokenizer, seed=self.seed)
+        return self.memory["text"]  # type: ignore[no-any-return]
+
+    def held_out(self, count: int) -> torch.Tensor:
+        """Up to ``count`` held-out sequences [num, sequence], in document order.
+
+        Raises:
+            DataError: the held-out text does not fill one sequence.
+        """
+        rows = list(islice(self.text().stream(split="validation").first_epoch(), count))
+        if not rows:
+            length = self.sections.data.sequence_length
+            raise DataError(f"the held-out text is shorter than one sequence of {length} tokens: give more text or lower data.sequence_length")
+        return torch.stack(rows)
+
+    def candidates(self) -> list[Candidate]:
+        """The shapes that ``search`` wrote."""
+        return read_candidates(self.run_dir / "candidates" / "candidates.jsonl", self.family().layout)
+
+    def winner(self) -> str:
+        """The candidate to go on with: the best ranked, else the first that search wrote.
+
+        Raises:
+            CheckpointError: there is neither a ranking nor a search.
+        """
+        ranking = self.run_dir / "ranking" / "ranking.json"
+        if ranking.is_file():
+            best = json.loads(ranking.read_text())["candidates"][0]
+            if best["status"] != "ok":
+                raise CheckpointError(f"no candidate of {ranking} was trained to its end: {best['name']} failed ({best['reason']})")
+            return str(best["name"])
+        return self.candidates()[0].name
+
+    def pruned_folder(self) -> Path:
+        """The pruned model to distil: ``student.path`` when given, else the winner's folder."""
+        given = getattr(getattr(self.sections, "student", None), "path", None)
+        return Path(given).expanduser() if given else self.run_dir / "pruned" / self.winner()
+
+    def open_tracker(self, out: Path, stage: str) -> Callable[[int], Tracker]:
+        """A maker of trackers that first cuts off metric lines after the step to go on from."""
+
+        def make(step: int) -> Tracker:
+            if (out / FILE_NAME).is_file():
+                truncate_after(out / FILE_NAME, step if step > 0 else -1)
+            settings = {"jsonl": {}, **self.sections.tracking}
+            return build_trackers(settings, folder=out, run_name=f"{self.title}/{stage}", group=self.title, config={})
+
+        return make
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a model, the natural units of sharding."""
+    return [model.get_submodule(name) for name in discover(model.config).taps.blocks]
+
+
+def config_fingerprint(config: Any) -> str:
+    """A hash of a config's content, for stages that read no weights."""
+    values = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "transformers_version", "dtype")}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def shape_of(folder: Path) -> Architecture:
+    """The shape of the model in a folder."""
+    return discover(config_of(folder)).architecture

@@ -1,0 +1,72 @@
+"""Cut the teacher down to the chosen candidates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron.core.options import option
+from minitron.errors import ConfigError, nearest
+from minitron.models.weights import WeightReader, copy_companions, write_weights
+from minitron.prune import prune_weights, target_config
+from minitron.prune.proof import require_proof
+from minitron.stages.context import StageContext
+from minitron.stages.cut import plan_for
+
+FOLDER = "pruned"
+SECTIONS = ("teacher", "depth", "prune")
+HELP = "write the winning candidate, or those asked for, as Hugging Face folders"
+MAIN_ONLY = True
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Section ``prune``."""
+
+    candidates: list[str] | None = option(None, "names of candidates to write; null: the winner", recorded=True)
+    norm_rescale: bool = option(True, "scale norms for the changed mean when hidden channels are cut (exact); false: the papers' plain slicing")
+
+
+def folders(context: StageContext) -> list[str]:
+    """One folder per candidate.
+
+    Raises:
+        ConfigError: a name that search did not list.
+    """
+    names = context.sections.prune.candidates or [context.winner()]
+    known = [candidate.name for candidate in context.candidates()]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"prune.candidates has '{name}', which is not in candidates.jsonl; {nearest(name, known)}")
+    return [f"{FOLDER}/{name}" for name in names]
+
+
+def inputs(context: StageContext) -> dict[str, Any]:
+    """Teacher, scores and candidates."""
+    return {
+        "teacher": context.teacher_folder(to_cut=True),
+        "scores": context.run_dir / "scores",
+        "candidates": context.run_dir / "candidates",
+    }
+
+
+def run(context: StageContext, out: Path) -> dict[str, Any]:
+    """Write weights, config, tokenizer and ``plan.json`` of the candidate that the folder is named for."""
+    name = out.name.removesuffix(".partial")
+    candidate = next(c for c in context.candidates() if c.name == name)
+    config, family, source = context.teacher_config(), context.family(), context.teacher_folder(to_cut=True)
+    require_proof(config)
+    plan = plan_for(context, candidate)
+    target = target_config(config, plan, family)
+    count = write_weights(out, prune_weights(WeightReader(source).get, plan, family))
+    assert count == candidate.num_parameters, f"wrote {count} parameters, predicted {candidate.num_parameters}"
+    target.save_pretrained(out)
+    copy_companions(source, out)
+    plan.save(out / "plan.json")
+    return {
+        "candidate": name,
+        "num_parameters": count,
+        "teacher_architecture": family.architecture.to_dict(),
+        "architecture": candidate.architecture.to_dict(),
+    }

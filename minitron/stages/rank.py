@@ -1,0 +1,86 @@
+"""Rank the candidates by a short distillation each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minitron import dist
+from minitron.core.candidate import Candidate
+from minitron.core.manifest import write_text
+from minitron.distill.pair import TeacherSignal
+from minitron.distill.training import TrainingResult, TrainingRun
+from minitron.engine import build_engine
+from minitron.log import get_logger
+from minitron.prune.proof import require_proof
+from minitron.search.ranking import rank_candidates
+from minitron.stages.context import StageContext, blocks_of
+from minitron.stages.cut import cut_in_memory, plan_for
+from minitron.tracking import CompositeTracker
+
+FOLDER = "ranking"
+SECTIONS = ("teacher", "data", "depth", "prune", "ranking", "training", "loss", "engine", "tracking")
+HELP = "train every candidate for a few steps on the same batches and rank them by held-out loss"
+
+logger = get_logger(__name__)
+
+
+def inputs(context: StageContext) -> dict[str, Any]:
+    """Teacher, scores, candidates and text."""
+    return {
+        "teacher": context.teacher_folder(),
+        "scores": context.run_dir / "scores",
+        "candidates": context.run_dir / "candidates",
+        "data": context.data_fingerprint(),
+    }
+
+
+def run(context: StageContext, out: Path) -> dict[str, Any]:
+    """Write ``ranking.json``, best first."""
+    candidates = context.candidates()
+    if len(candidates) == 1:
+        only = {"name": candidates[0].name, "num_parameters": candidates[0].num_parameters, "status": "ok", "reason": "the only candidate"}
+        rows: list[dict[str, Any]] = [only | {"zero_shot_loss": None, "loss": None, "kl": None, "tokens": 0, "curve": []}]
+    else:
+        require_proof(context.teacher_config())
+        rows = _train_all(context, candidates, out)
+    if dist.is_main():
+        write_text(out / "ranking.json", json.dumps({"candidates": rows}, indent=1))
+    best = rows[0]
+    if best["loss"] is not None:
+        logger.info("  best: %s, held-out loss %.3f → %.3f", best["name"], best["zero_shot_loss"], best["loss"])
+    return {"winner": best["name"], "tokens": sum(row["tokens"] for row in rows)}
+
+
+def _train_all(context: StageContext, candidates: list[Candidate], out: Path) -> list[dict[str, Any]]:
+    sections = context.sections
+    training = sections.ranking.training(sections.training)
+    teacher = context.load_teacher(device=torch.device("cpu"))
+    engine = build_engine(sections.engine, optimizer=training.optimizer(), precision=training.precision)
+    signal = TeacherSignal(
+        teacher, engine, blocks=blocks_of(teacher), placement=sections.teacher.placement, remember_bytes=int(sections.ranking.remember_teacher_bytes)
+    )
+    validation = context.held_out(training.num_validation_sequences)
+
+    def train(candidate: Candidate) -> TrainingResult:
+        student = cut_in_memory(context, plan_for(context, candidate), dtype=torch.float32)
+        return TrainingRun(
+            student=student,
+            teacher=teacher,
+            signal=signal,
+            stream=context.text().stream(),
+            validation=validation,
+            sequence_length=sections.data.sequence_length,
+            training=training,
+            loss=sections.loss,
+            engine=sections.engine,
+            blocks_of=blocks_of,
+            open_tracker=lambda step: CompositeTracker([]),
+            what=f"rank {candidate.name}",
+            stop=context.stop,
+        ).run()
+
+    return rank_candidates(candidates, train, folder=out)

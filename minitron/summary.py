@@ -1,0 +1,66 @@
+"""The tables that the command line prints: what became of the model, and what a run will take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from minitron.config import Config
+from minitron.core.manifest import Manifest
+from minitron.estimate import Estimate
+from minitron.log import duration
+
+
+def summary(run_dir: Path, config: Config) -> str:
+    """One table of a finished run: parameters, perplexity, tokens, time, where things lie, what to try next."""
+    lines = ["", f"  {'':<20}{'parameters':>15}{'perplexity':>13}{'loss':>9}"]
+    path = run_dir / "evaluation" / "metrics.json"
+    metrics: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    for name, row in metrics.items():
+        if isinstance(row, dict):
+            lines.append(f"  {name.replace('_', ' '):<20}{row['num_parameters']:>15,}{row['perplexity']:>13.2f}{row['loss']:>9.3f}")
+    if {"teacher", "pruned", "student"} <= metrics.keys():
+        harm = metrics["pruned"]["loss"] - metrics["teacher"]["loss"]
+        if harm > 0:
+            lines.append(f"  distillation undid {(metrics['pruned']['loss'] - metrics['student']['loss']) / harm:.0%} of the harm that pruning did")
+    if "note" in metrics:
+        lines.append(f"  teacher: {metrics['note']}")
+    tokens, seconds = 0, 0.0
+    for manifest in _manifests(run_dir):
+        tokens, seconds = tokens + manifest.tokens, seconds + manifest.wall_seconds
+    lines += ["", f"  {tokens:,} tokens in {duration(seconds)}"]
+    for label, relative in (("model", "export"), ("report", "report/index.html"), ("metrics", "student/metrics.jsonl")):
+        if (run_dir / relative).exists():
+            lines.append(f"  {label:<9}{run_dir / relative}")
+    steps = config.sections["training"].num_steps
+    if steps and config.title == "quickstart":
+        lines += ["", f"  next: minitron compress experiment=quickstart training.num_steps={steps * 10} run_dir=runs/longer"]
+    elif (run_dir / "export").is_dir():
+        lines += ["", f'  next: python -c "from transformers import pipeline; print(pipeline(\'text-generation\', \'{run_dir / "export"}\')(\'The\'))"']
+    return "\n".join(lines)
+
+
+def _manifests(run_dir: Path) -> list[Manifest]:
+    paths = [*run_dir.glob("*/manifest.json"), *run_dir.glob("pruned/*/manifest.json")]
+    found = [Manifest.read(path.parent) for path in paths if ".old-" not in str(path)]
+    return [manifest for manifest in found if manifest is not None]
+
+
+def plan_table(estimate: Estimate) -> str:
+    """An estimate for people."""
+    teacher, student = estimate.teacher, estimate.student
+    lines = [
+        f"  teacher   {teacher.name:<32}{teacher.num_parameters:>18,} parameters",
+        f"  student   {student.name:<32}{student.num_parameters:>18,} parameters ({student.num_parameters / teacher.num_parameters:.1%})",
+        "",
+        f"  {'stage':<12}{'tokens':>14}{'FLOPs':>12}{'time':>12}",
+    ]
+    for stage, seconds in estimate.seconds.items():
+        lines.append(f"  {stage:<12}{estimate.tokens[stage]:>14,.0f}{estimate.flops[stage]:>12.2e}{duration(seconds):>12}")
+    lines.append(f"  {'total':<12}{sum(estimate.tokens.values()):>14,.0f}{sum(estimate.flops.values()):>12.2e}{duration(sum(estimate.seconds.values())):>12}")
+    if estimate.num_steps:
+        lines += ["", f"  distillation: {estimate.num_steps:,} steps; memory per rank while it runs:"]
+        lines += [f"    {part:<18}{size / 1e9:>9.2f} GB" for part, size in estimate.memory.items()]
+        lines.append(f"    {'total':<18}{sum(estimate.memory.values()) / 1e9:>9.2f} GB")
+    return "\n".join(lines)
