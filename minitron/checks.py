@@ -57,6 +57,8 @@ def _check_teacher(config: Config) -> None:
     if teacher.placement not in PLACEMENTS:
         raise ConfigError(f"teacher.placement={teacher.placement} is unknown; {nearest(teacher.placement, PLACEMENTS)}")
     if teacher.placement == "cached":
-        raise ConfigError("teacher.placement=cached needs a cache of the teacher's signal, which this version cannot make yet: use replicate, shard or offload")
+        raise ConfigError(
+            "teacher.placement=cached needs a cache of the teacher's signal, which this version cannot make yet: use replicate, shard or offload"
+        )
     if teacher.placement == "shard" and config.sections["engine"].name == "local":
         raise ConfigError("teacher.placement=shard needs several processes: use engine=fsdp or engine=deepspeed under a launcher")

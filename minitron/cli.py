@@ -27,27 +27,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, overrides = _parser().parse_known_args(argv)
     log.setup(arguments.debug)
     try:
-        return _dispatch(arguments, list(arguments.overrides) + overrides)
+        code = _dispatch(arguments, list(arguments.overrides) + overrides)
     except Interrupted as interruption:
         log.get_logger("minitron").info("%s", interruption)
-        return 0
+        code = 0
     except MinitronError as error:
         if arguments.debug:
             traceback.print_exc()
         sys.stderr.write(f"minitron: {error}\n")
-        return 2
+        code = 2
     except KeyboardInterrupt:
         sys.stderr.write("minitron: interrupted; the same command goes on from the last checkpoint\n")
-        return 130
-    finally:
-        if "torch.distributed" in sys.modules:
-            _leave_group()
+        code = 130
+    except Exception:
+        if dist.world_size() == 1:
+            raise
+        traceback.print_exc()
+        code = 1
+    return _leave_group(code)
 
 
-def _leave_group() -> None:
-    """Leave the process group in good order; after an error the other ranks may be gone, so do not wait for them."""
-    if sys.exc_info()[0] is None:
-        dist.shutdown()
+def _leave_group(code: int) -> int:
+    """Leave the process group together; after an error at once, because the other ranks may wait for this one elsewhere."""
+    if "torch.distributed" in sys.modules and dist.initialized():
+        if code == 0:
+            dist.shutdown()
+        elif dist.world_size() > 1:
+            sys.stderr.flush()
+            os._exit(code)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ def teacher_shape(config: Config) -> Architecture:
 def student_shape(config: Config, teacher: Architecture) -> tuple[Architecture, int]:
     """The shape nearest to the budget, or the explicit one, and how many candidates there will be."""
     target, search = config.sections["target"], config.sections["search"]
+    if "search" not in config.recipe.stages and config.sections["student"].path:
+        return discover(config_of(Path(config.sections["student"].path).expanduser())).architecture, 1
     if target.name == "explicit":
         return explicit_shape(target, teacher), 1
     wanted = budget(target, teacher)

@@ -46,6 +46,8 @@ def run_stages(config: Config, stages: list[str], *, command: str, experiment: s
     dist.barrier()
     for number, (name, module) in enumerate(modules, start=1):
         context = StageContext(run_dir, config.title, config.seed, config.view(module.SECTIONS), stop.requested, memory)
+        if "teacher" in module.SECTIONS:
+            context.original_teacher()  # may fetch or convert it, which takes every rank
         for folder in _on_main(lambda m=module, c=context: _folders(m, c)):
             _run_stage(config, name, module, context, folder, f"[{number}/{len(modules)}] {name}")
         if name == "correct":
@@ -112,7 +114,6 @@ def _run_stage(config: Config, name: str, module: StageModule, context: StageCon
     final = context.run_dir / folder
     partial = final.with_name(f"{final.name}.partial")
     settings = config.settings(module.SECTIONS)
-    context.original_teacher() if "teacher" in module.SECTIONS else None  # may fetch or convert, on every rank
     verdict = _on_main(lambda: _decide(config, name, module, context, final, partial, settings, label))
     if verdict is None:
         return

@@ -37,7 +37,7 @@ def summary(run_dir: Path, config: Config) -> str:
     if steps and config.title == "quickstart":
         lines += ["", f"  next: minitron compress experiment=quickstart training.num_steps={steps * 10} run_dir=runs/longer"]
     elif (run_dir / "export").is_dir():
-        lines += ["", f'  next: python -c "from transformers import pipeline; print(pipeline(\'text-generation\', \'{run_dir / "export"}\')(\'The\'))"']
+        lines += ["", f"  next: python -c \"from transformers import pipeline; print(pipeline('text-generation', '{run_dir / 'export'}')('The'))\""]
     return "\n".join(lines)
 
 
@@ -58,7 +58,9 @@ def plan_table(estimate: Estimate) -> str:
     ]
     for stage, seconds in estimate.seconds.items():
         lines.append(f"  {stage:<12}{estimate.tokens[stage]:>14,.0f}{estimate.flops[stage]:>12.2e}{duration(seconds):>12}")
-    lines.append(f"  {'total':<12}{sum(estimate.tokens.values()):>14,.0f}{sum(estimate.flops.values()):>12.2e}{duration(sum(estimate.seconds.values())):>12}")
+    lines.append(
+        f"  {'total':<12}{sum(estimate.tokens.values()):>14,.0f}{sum(estimate.flops.values()):>12.2e}{duration(sum(estimate.seconds.values())):>12}"
+    )
     if estimate.num_steps:
         lines += ["", f"  distillation: {estimate.num_steps:,} steps; memory per rank while it runs:"]
         lines += [f"    {part:<18}{size / 1e9:>9.2f} GB" for part, size in estimate.memory.items()]

@@ -140,7 +140,7 @@ def _parsed(text: str, file: Path, number: int) -> Any:
 
 def _column(row: Any, column: str, where: str) -> str:
     if not isinstance(row, dict):
-        raise DataError(f"{where} is not a JSON object but a {type(row).__name__}: each row must look like {{\"{column}\": \"…\"}}")
+        raise DataError(f'{where} is not a JSON object but a {type(row).__name__}: each row must look like {{"{column}": "…"}}')
     if column not in row:
         raise DataError(f"{where} has no column '{column}' (its columns: {', '.join(map(str, row))}): set data.text_column")
     return text_of(row[column], column=column, where=where)

@@ -113,9 +113,7 @@ def _open_source(source: SourceConfig, config: DataConfig, tokenize: Tokenize) -
     labels = {split: f"the {split} text of {source.label}" for split in SPLITS}
     if source.streaming:
         rows = open_rows(source, buffer=config.shuffle_buffer)
-        return {
-            split: RowFeed(rows, split=split, validation_fraction=fraction, tokenize=tokenize, label=label) for split, label in labels.items()
-        }
+        return {split: RowFeed(rows, split=split, validation_fraction=fraction, tokenize=tokenize, label=label) for split, label in labels.items()}
     documents = open_documents(source)
     numbers = split_documents(documents, validation_fraction=fraction)
     return {split: MapFeed(documents, numbers[split], tokenize=tokenize, label=label) for split, label in labels.items()}

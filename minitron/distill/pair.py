@@ -59,7 +59,7 @@ class StudentLosses(nn.Module):
         if validate:
             losses = [loss for loss in self.validation_losses.values() if teacher_hidden is not None or not loss.function.needs_teacher]
         hidden = decoder_of(self.student)(input_ids=input_ids, use_cache=False).last_hidden_state
-        weight = head_weight(self.student)
+        weight: torch.Tensor = head_weight(self.student)
         if teacher_weight is not None:  # one tokenizer, padded differently: the padding rows of the larger vocabulary play no part
             vocab = min(weight.shape[0], teacher_weight.shape[0])
             weight, teacher_weight = weight[:vocab], teacher_weight[:vocab]

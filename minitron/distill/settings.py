@@ -44,7 +44,12 @@ class TrainingConfig:
         """
         if self.num_steps is None and self.num_tokens is None:
             raise ConfigError("training has no budget: give training.num_steps or training.num_tokens")
-        positive = {"num_steps": self.num_steps, "num_tokens": self.num_tokens, "batch_size": self.batch_size, "micro_batch_size": self.micro_batch_size}
+        positive = {
+            "num_steps": self.num_steps,
+            "num_tokens": self.num_tokens,
+            "batch_size": self.batch_size,
+            "micro_batch_size": self.micro_batch_size,
+        }
         positive |= {"learning_rate": self.learning_rate, "log_every": self.log_every, "keep_checkpoints": self.keep_checkpoints}
         for name, value in positive.items():
             if value is not None and value <= 0:

@@ -96,7 +96,9 @@ class TrainingRun:
             return Progress()
         tensors, meta = found
         if meta["engine"] != engine.name:
-            raise CheckpointError(f"the checkpoint in {self.folder} was written under engine={meta['engine']}; go on with that engine, or set rerun=true")
+            raise CheckpointError(
+                f"the checkpoint in {self.folder} was written under engine={meta['engine']}; go on with that engine, or set rerun=true"
+            )
         engine.load_state_dict({key: value for key, value in tensors.items() if not key.startswith("random/")})
         restore_random_state(tensors)
         batches.load_state_dict(meta["data"])
@@ -157,7 +159,9 @@ class _Curve:
 
     def log(self, step: int, metrics: Any) -> None:
         if "validation_loss" in metrics:
-            self._points.append({"step": step, "tokens": metrics["tokens"], "loss": metrics["validation_loss"], "kl": metrics.get("validation_kl", 0.0)})
+            self._points.append(
+                {"step": step, "tokens": metrics["tokens"], "loss": metrics["validation_loss"], "kl": metrics.get("validation_kl", 0.0)}
+            )
         self._inner.log(step, metrics)
 
     def close(self) -> None:

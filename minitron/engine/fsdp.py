@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -39,7 +40,8 @@ class FsdpEngine:
         root.float()
         for block in blocks:
             fully_shard(block, mesh=self._mesh, mp_policy=self._policy)
-        fully_shard(root, mesh=self._mesh, mp_policy=self._policy)
+        # Casting the root's inputs would round the number of tokens that the loss is divided by.
+        fully_shard(root, mesh=self._mesh, mp_policy=dataclasses.replace(self._policy, cast_forward_inputs=False))
         root.to(dist.device())
         self._root = root
         self._optimizer = build_adamw(root, self._optimizer_config)
@@ -73,17 +75,25 @@ class FsdpEngine:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """This rank's shards."""
+        self._reshard()
         return pack(self._root, self._optimizer)
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Put this rank's shards back."""
+        self._reshard()
         unpack(self._root, self._optimizer, state)
 
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole weights, one gathered at a time."""
+        self._reshard()
         return full_tensors(self._root)
 
     @contextmanager
     def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[list[torch.Tensor]]:
         """Whole copies of sharded parameters."""
         yield [p.full_tensor().detach() if isinstance(p, DTensor) else p.detach() for p in parameters]
+
+    def _reshard(self) -> None:
+        """The root stays gathered, in the compute dtype, after a forward without a backward such as validation."""
+        assert isinstance(self._root, FSDPModule)
+        self._root.reshard()

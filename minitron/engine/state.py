@@ -36,7 +36,9 @@ def unpack(root: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, t
         local = _local(parameter.detach())
         if saved is None or saved.shape != local.shape:
             found = None if saved is None else tuple(saved.shape)
-            raise CheckpointError(f"the checkpoint holds {found} for '{name}', this run needs {tuple(local.shape)}: was it made on another number of ranks?")
+            raise CheckpointError(
+                f"the checkpoint holds {found} for '{name}', this run needs {tuple(local.shape)}: was it made on another number of ranks?"
+            )
         local.copy_(saved)
         prefix = f"optimizer/{name}/"
         entries = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}

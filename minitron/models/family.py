@@ -176,7 +176,13 @@ def _layer_prefix(names: list[str], num_layers: int, model_type: str) -> str:
 
 
 def _explain(
-    name: str, shape: tuple[int, ...], moved: dict[str, dict[str, tuple[int, ...]]], sizes: dict[str, int], prefix: str, model_type: str, head_dim: int
+    name: str,
+    shape: tuple[int, ...],
+    moved: dict[str, dict[str, tuple[int, ...]]],
+    sizes: dict[str, int],
+    prefix: str,
+    model_type: str,
+    head_dim: int,
 ) -> ParameterSpec:
     """The axes of one parameter, from how its shape moved under each knob."""
     match = re.match(re.escape(prefix) + r"(\d+)\.(.*)", name)
@@ -201,7 +207,7 @@ def _explain(
             if len(widths) > 1 or width != natural.get(axis, 1) or width * sizes[axis] != size:
                 story = ", ".join(f"{w:g} per {a}" for a, w in widths.items())
                 raise ArchitectureError(
-                    f"dimension {position} of parameter '{name}' of '{model_type}' is fused or tied ({story}), and models/layouts.py has no note on its order"
+                    f"dimension {position} of parameter '{name}' of '{model_type}' is fused or tied ({story}), and its order is not known"
                 )
             dims.append((Segment(axis, int(width)),))
     return ParameterSpec(name, tuple(dims), layer)
@@ -230,7 +236,7 @@ def _check(architecture: Architecture, config: Any) -> None:
     for name in real.keys() | predicted.keys():
         if real.get(name) != predicted.get(name):
             raise ArchitectureError(
-                f"parameter '{name}' of '{config.model_type}' has shape {real.get(name)}, but its axes predict {predicted.get(name)}: this family is not supported"
+                f"'{config.model_type}' is not supported: parameter '{name}' has shape {real.get(name)}, its axes predict {predicted.get(name)}"
             )
 
 
@@ -256,7 +262,7 @@ def _taps(model: nn.Module, layout: Layout, num_layers: int) -> Taps:
 
 def _norm_kind(model: nn.Module, name: str, width: int) -> NormKind:
     """Try one norm on numbers: a layer norm ignores a shift of its input; with weight zero only an offset remains."""
-    norm = model.get_submodule(name).to_empty(device="cpu").float()
+    norm: Any = model.get_submodule(name).to_empty(device="cpu").float()
     x = torch.linspace(-1.0, 2.0, width).unsqueeze(0)
     with torch.no_grad():
         for parameter in norm.parameters():

@@ -33,4 +33,6 @@ def check_linear_head(model: nn.Module) -> None:
     scale = logits.abs().max().clamp_min(1e-6)
     if (plain - logits).abs().max() > 0.02 * scale:
         kind = model.config.model_type  # type: ignore[union-attr]
-        raise ArchitectureError(f"the head of '{kind}' does more than a matrix product (a cap, scale or bias on its logits), which distillation does not support yet")
+        raise ArchitectureError(
+            f"the head of '{kind}' does more than a matrix product (a cap, scale or bias on its logits), which distillation does not support yet"
+        )

@@ -191,14 +191,21 @@ def load_causal_lm(folder: Path, *, dtype: torch.dtype, device: torch.device | N
     check_has_weights(folder)
     flash = {"attn_implementation": "flash_attention_2"} if flash_attention_usable(dtype) else {}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code, **flash)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code, **flash
+        )
     except Exception as error:  # safetensors and transformers raise assorted types for damaged files
         raise CheckpointError(f"the weights in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    wrong = [f"{kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)]
+    model, info = loaded
+    wrong = [
+        f"{kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info.get(kind)
+    ]
     if wrong:
         raise CheckpointError(f"the weights in {folder} do not match its config ({'; '.join(wrong)})")
     model.config.use_cache = False
-    return model.eval().to(device or dist.device())
+    return model.eval().to(device or dist.device())  # type: ignore[no-any-return]
 
 
 def check_has_weights(folder: Path) -> None:
@@ -223,7 +230,7 @@ def model_from_weights(config: Any, weights: dict[str, torch.Tensor], *, dtype: 
     from transformers import AutoModelForCausalLM
 
     quiet_transformers()
-    skeleton = AutoModelForCausalLM._model_mapping[type(config)]
+    skeleton: Any = AutoModelForCausalLM._model_mapping[type(config)]
     model, info = skeleton.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)
     if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
         raise CheckpointError(f"the weights do not match the config: {info}")

@@ -15,7 +15,16 @@ from minitron.errors import CheckpointError
 from minitron.models.load import check_has_weights
 
 #: Files of a model folder that follow the weights unchanged.
-COMPANIONS = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "added_tokens.json", "*.model")
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+    "*.model",
+)
 
 
 class WeightReader:
@@ -63,7 +72,10 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, 
 
     def flush() -> None:
         nonlocal pending, size
-        save_file(pending, str(folder / f"shard-{len(shards)}.safetensors"), metadata={"format": "pt"})
+        try:
+            save_file(pending, str(folder / f"shard-{len(shards)}.safetensors"), metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"weights cannot be written to {folder}: {error}") from error
         shards.append(list(pending))
         pending, size = {}, 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from minitron.ops.kd_loss import IGNORE_INDEX, float32_logits, default_chunk_size
+from minitron.ops.kd_loss import IGNORE_INDEX, default_chunk_size, float32_logits
 
 
 def token_losses(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, chunk_size: int | None = None) -> torch.Tensor:

@@ -29,7 +29,7 @@ _TOLERANCE = 1e-3
 
 def tiny_config(config: Any, family: Family) -> Any:
     """A config of the same family, small enough to try things on a CPU in milliseconds."""
-    changes = {field: _TINY[axis] for axis, field in family.fields.items()} | {"head_dim": 8}
+    changes: dict[str, Any] = {field: _TINY[axis] for axis, field in family.fields.items()} | {"head_dim": 8}
     changes |= {key: None for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
     for key, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == family.architecture.num_layers and key != "architectures":
@@ -147,7 +147,9 @@ def prove(config: Any, *, seed: int = 0, report: Callable[[str, float], None] = 
         ).eval()
         count = sum(p.numel() for p in pruned.parameters())
         if count != plan.architecture.num_parameters:
-            raise ArchitectureError(f"'{family.model_type}' cut on '{axis}' has {count} parameters, its axes predict {plan.architecture.num_parameters}")
+            raise ArchitectureError(
+                f"'{family.model_type}' cut on '{axis}' has {count} parameters, its axes predict {plan.architecture.num_parameters}"
+            )
         with torch.no_grad():
             difference = float((pruned(input_ids=tokens, use_cache=False).logits - _masked_logits(teacher, pruned, family, plan, tokens)).abs().max())
         differences[axis] = difference

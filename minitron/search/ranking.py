@@ -33,7 +33,9 @@ class RankingConfig:
     num_warmup_steps: int | None = option(None, "warm-up steps; null: as in training")
     evaluate_every: int = option(50, "steps between validations", recorded=True)
     num_validation_sequences: int = option(32, "held-out sequences of each validation")
-    remember_teacher_bytes: float = option(2e9, "teacher states of the shared batches kept in memory, so that candidates share its forwards", recorded=True)
+    remember_teacher_bytes: float = option(
+        2e9, "teacher states of the shared batches kept in memory, so that candidates share its forwards", recorded=True
+    )
 
     def training(self, base: TrainingConfig) -> TrainingConfig:
         """The training settings of one candidate."""
@@ -78,7 +80,15 @@ def _result(candidate: Candidate, train: Callable[[Candidate], TrainingResult]) 
     except (RuntimeError, MemoryError) as error:  # torch reports exhausted memory as a RuntimeError
         if not isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise
-        return row | {"status": "failed", "reason": str(error).splitlines()[0], "zero_shot_loss": None, "loss": None, "kl": None, "tokens": 0, "curve": []}
+        return row | {
+            "status": "failed",
+            "reason": str(error).splitlines()[0],
+            "zero_shot_loss": None,
+            "loss": None,
+            "kl": None,
+            "tokens": 0,
+            "curve": [],
+        }
     first, last = result.curve[0], result.curve[-1]
     row |= {"zero_shot_loss": first["loss"], "loss": last["loss"], "kl": last["kl"], "tokens": result.tokens, "curve": result.curve}
     if not math.isfinite(last["loss"]):

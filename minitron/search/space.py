@@ -67,8 +67,11 @@ def budget(target: TargetConfig, teacher: Architecture) -> float:
     """
     if (target.num_parameters is None) == (target.ratio is None):
         given = "neither" if target.ratio is None else "both"
-        raise ConfigError(f"give target.num_parameters or target.ratio; {given} of them is set" if given == "neither" else
-                          "target.num_parameters and target.ratio are both set; give one")
+        raise ConfigError(
+            f"give target.num_parameters or target.ratio; {given} of them is set"
+            if given == "neither"
+            else "target.num_parameters and target.ratio are both set; give one"
+        )
     if not 0 <= target.tolerance < 1:
         raise ConfigError(f"target.tolerance={target.tolerance} is not a share between 0 and 1")
     wanted = target.num_parameters if target.num_parameters is not None else (target.ratio or 0.0) * teacher.num_parameters

@@ -25,7 +25,5 @@ def run(context: StageContext, out: Path) -> dict[str, Any]:
     source = context.original_teacher()
     assert source is not None
     training = correct.training(context.sections.training)
-    results = train_folder(
-        context, out, source=source, training=training, loss=LossConfig(name="cross_entropy"), with_teacher=False, what="correct"
-    )
+    results = train_folder(context, out, source=source, training=training, loss=LossConfig(name="cross_entropy"), with_teacher=False, what="correct")
     return results | {"prune_from": correct.prune_from}

@@ -84,7 +84,12 @@ def _model_card(context: StageContext, provenance: dict[str, Any]) -> str:
     stages = provenance["stages"]
     teacher = context.sections.teacher
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [minitron, pruned, distilled]", "---", ""]
-    lines += [f"# {context.title}", "", f"A model of {provenance['num_parameters']:,} parameters, made with minitron {provenance['minitron_version']}.", ""]
+    lines += [
+        f"# {context.title}",
+        "",
+        f"A model of {provenance['num_parameters']:,} parameters, made with minitron {provenance['minitron_version']}.",
+        "",
+    ]
     lines += [f"- Teacher: `{teacher.path}`" + (f" ({teacher.note})" if teacher.note else "")]
     if "prune" in stages:
         lines.append(f"- Cut to: `{stages['prune']['results'].get('candidate')}` (kept units in `minitron.json`)")

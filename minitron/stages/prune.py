@@ -18,6 +18,8 @@ FOLDER = "pruned"
 SECTIONS = ("teacher", "depth", "prune")
 HELP = "write the winning candidate, or those asked for, as Hugging Face folders"
 MAIN_ONLY = True
+#: Sequence length at which FLOPs per token are stated in the results.
+_COST_LENGTH = 4096
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,13 @@ def run(context: StageContext, out: Path) -> dict[str, Any]:
     target.save_pretrained(out)
     copy_companions(source, out)
     plan.save(out / "plan.json")
+    length = min(_COST_LENGTH, getattr(config, "max_position_embeddings", _COST_LENGTH))
     return {
         "candidate": name,
         "num_parameters": count,
+        "teacher_num_parameters": family.architecture.num_parameters,
+        "costs": {"flops_per_token": candidate.architecture.flops_per_token(length)},
+        "teacher_costs": {"flops_per_token": family.architecture.flops_per_token(length)},
         "teacher_architecture": family.architecture.to_dict(),
         "architecture": candidate.architecture.to_dict(),
     }

@@ -42,7 +42,9 @@ def run(context: StageContext, out: Path) -> dict[str, Any]:
         found = enumerate_shapes(space, teacher, num_parameters=budget(target, teacher), tolerance=target.tolerance)
         usable = [shape for shape in found if _allowed(context, shape)]
         if not usable:
-            raise ArchitectureError(f"the config class of '{context.family().model_type}' refuses every shape near the budget (heads must divide hidden_size)")
+            raise ArchitectureError(
+                f"the config class of '{context.family().model_type}' refuses every shape near the budget (heads must divide hidden_size)"
+            )
         within, shapes = len(usable), pick_diverse(usable, context.sections.search.num_candidates)
     candidates = [_candidate(context, shape) for shape in shapes]
     write_candidates(out / "candidates.jsonl", candidates)

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one go under ten minutes: correctness first, then figures into docs/benchmarks/<device>/.
+#   bash benchmarks/gpu.sh [OUT_FOLDER]
+set -uo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python="${PYTHON:-python3}"
+out="${1:-$root/docs/benchmarks}"
+cd "$root/tests" || exit 1 # not the repository root: a bare `kernels` folder on the import path confuses transformers
+export PYTHONPATH="$root/tests:${PYTHONPATH:-}"
+"$python" -c 'import minitron' 2>/dev/null || { link="$(mktemp -d)"; ln -s "$root/minitron" "$link/minitron"; export PYTHONPATH="$link:$PYTHONPATH"; }
+
+status=0
+"$python" -m pytest -m gpu "$root/tests" -q || status=$?
+"$python" "$root/benchmarks/kd_loss.py" --out "$out" || status=$?
+exit "$status"

@@ -1,0 +1,5 @@
+"""The report: one self-contained HTML page that tells what became of the model in a run folder."""
+
+from minitron.report.page import write_report
+
+__all__ = ["write_report"]

@@ -1,0 +1,23 @@
+"""The sections of a report, in the order of the page: one file each, one row each in the table below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from minitron.report.reader import Run
+from minitron.report.sections import candidates, cost, distillation, evaluation, importance, provenance, shape
+from minitron.report.sections.body import Body
+from minitron.report.summary import Summary
+
+#: Anchor → heading and the function that makes the section, or None when the run has nothing for it.
+SECTIONS: dict[str, tuple[str, Callable[[Run, Summary], Body | None]]] = {
+    "shape": ("Shape", shape.render),
+    "evaluation": ("Quality", evaluation.render),
+    "distillation": ("Distillation", distillation.render),
+    "candidates": ("Candidates", candidates.render),
+    "importance": ("Importance", importance.render),
+    "cost": ("Cost", cost.render),
+    "provenance": ("Provenance", provenance.render),
+}
+
+__all__ = ["SECTIONS", "Body"]

@@ -1,0 +1,284 @@
+"""The report: key numbers reach the page, the page stands alone, and missing parts are left out."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minitron.core.scores import ImportanceScores
+from minitron.errors import CheckpointError
+from minitron.report import formats, write_report
+from minitron.report.charts.scales import linear, logarithmic
+from minitron.report.markup import Html, tag
+
+TEACHER = {"num_layers": 30, "hidden_size": 576, "ffn_size": 1536, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64}
+TEACHER |= {"vocab_size": 49152, "tied_embeddings": True, "num_experts": 0, "expert_ffn_size": 0}
+WINNER = "l27-h576-f1024-a6-k3"
+KEPT = [layer for layer in range(30) if layer not in (21, 23, 24)]
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def manifest(run: Path, folder: str, stage: str, seconds: float, tokens: int | None, **results: Any) -> None:
+    document = {
+        "stage": stage,
+        "settings": {"data": {"sequence_length": 512, "seed": 7}, stage: {"micro_batch": 4, "names": ["a", "b"]}},
+        "recorded": {"engine": {"name": "local"}},
+        "inputs": {"teacher": "sha256:9f2c1ab37e", "data": "sha256:77aa0d1c44"},
+        "code_version": "0.1.0+g1a2b3c4",
+        "started": "2025-11-21T04:05:06",
+        "wall_seconds": seconds,
+        "peak_memory_bytes": 2_500_000_000,
+        "tokens": tokens,
+        "results": results,
+    }
+    write_json(run / folder / "manifest.json", document)
+
+
+def training(steps: int, start: float, end: float, seed: int) -> list[dict[str, Any]]:
+    noise, rows = random.Random(seed), []
+    for step in range(1, steps + 1):
+        share = 1 - math.exp(-4 * step / steps)
+        loss = start + (end - start) * share + noise.gauss(0, 0.05)
+        rows.append({"step": step, "tokens": step * 4096, "loss": loss, "forward_kl": loss, "learning_rate": 1e-4 * math.cos(step / steps * 1.5)})
+        rows[-1] |= {"gradient_norm": 1 + noise.random(), "tokens_per_second": 900 + 40 * noise.random()}
+        if step % (steps // 8) == 0:
+            rows.append({"step": step, "tokens": step * 4096, "validation_loss": 2.2 + loss / 2, "validation_kl": loss * 0.9})
+    return rows
+
+
+def make_scores(run: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"hidden": torch.exp(torch.randn(576, generator=generator)), "layer": 0.05 + 0.1 * torch.rand(30, generator=generator)}
+    tensors["layer"][0], tensors["layer"][29] = 0.55, 0.4
+    for layer in (21, 23, 24):
+        tensors["layer"][layer] = 0.02
+    for layer in range(30):
+        scale = 1 + layer / 6
+        tensors[f"ffn.{layer}"] = scale * torch.exp(torch.randn(1536, generator=generator))
+        tensors[f"head.{layer}"] = scale * torch.exp(0.6 * torch.randn(9, generator=generator))
+        tensors[f"kv_head.{layer}"] = scale * torch.exp(0.4 * torch.randn(3, generator=generator))
+    (run / "scores").mkdir(parents=True)
+    ImportanceScores(tensors, {"metric": "activation", "depth": "block_influence", "tokens": 12288}).save(run / "scores" / "scores.safetensors")
+
+
+def make_candidates(run: Path) -> None:
+    candidates, ranking = [], []
+    for index in range(6):
+        shape = TEACHER | {"num_layers": 27 - index, "ffn_size": 1024 + 64 * index, "num_heads": 6}
+        name = WINNER if index == 0 else f"l{27 - index}-h576-f{1024 + 64 * index}-a6-k3"
+        parameters, zero = 101_234_567 - 150_000 * index, 4.6 + 0.17 * ((index * 5 + 3) % 6)
+        costs = {"flops_per_token": 2.1e8, "weight_bytes": 2.0e8, "kv_cache_bytes": 20736.0}
+        candidates.append({"name": name, "architecture": shape, "num_parameters": parameters, "kept_layers": KEPT, "costs": costs})
+        curve = [{"step": step, "loss": 3.1 + 0.06 * index + (zero - 3.1) * math.exp(-step / 4)} for step in range(0, 17, 4)]
+        row = {"name": name, "num_parameters": parameters, "status": "ok", "reason": None, "zero_shot_loss": zero, "tokens": 8192}
+        ranking.append(row | {"loss": curve[-1]["loss"], "kl": curve[-1]["loss"] - 2.2, "curve": curve})
+    failed = {"name": "l10-h576-f1536-a9-k3", "num_parameters": 5, "status": "failed", "reason": "loss was <NaN>"}
+    (run / "candidates").mkdir(parents=True)
+    write_lines(run / "candidates" / "candidates.jsonl", candidates)
+    write_json(run / "ranking" / "ranking.json", {"teacher": {"loss": 2.31}, "candidates": [*ranking, failed]})
+
+
+def make_run(run: Path) -> Path:
+    """A run of the full recipe, with made-up but plausible numbers."""
+    about = {"recipe": "full", "experiment": "quickstart", "stages": ["importance", "search"], "command": "minitron compress experiment=quickstart"}
+    about |= {"minitron_version": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "host": "node<7>", "num_processes": 1, "device": "cpu"}
+    write_json(run / "run.json", about)
+    make_scores(run)
+    make_candidates(run)
+    after = TEACHER | {"num_layers": 27, "ffn_size": 1024, "num_heads": 6}
+    manifest(run, "scores", "importance", 41.0, 12_288)
+    manifest(run, "candidates", "search", 1.4, None)
+    manifest(run, "ranking", "rank", 312.0, 49_152)
+    results = {"candidate": WINNER, "num_parameters": 101_234_567, "teacher_architecture": TEACHER, "architecture": after}
+    manifest(run, f"pruned/{WINNER}", "prune", 2.2, None, **results)
+    heads = {str(layer): [0, 1, 3, 4, 6, 7] for layer in KEPT}
+    plan = {"architecture": after, "layer": KEPT, "hidden": list(range(576)), "ffn": {str(layer): list(range(1024)) for layer in KEPT}}
+    plan |= {"head": heads, "kv_head": {str(layer): [0, 1, 2] for layer in KEPT}, "norm_rescale": True, "provenance": {}}
+    write_json(run / "pruned" / WINNER / "plan.json", plan)
+    manifest(run, "teacher", "correct", 95.0, 400_000)
+    write_lines(run / "teacher" / "metrics.jsonl", training(100, 2.5, 2.3, 1))
+    manifest(run, "student", "distill", 1834.0, 1_638_400)
+    write_lines(run / "student" / "metrics.jsonl", training(400, 2.4, 0.4, 2))
+    manifest(run, "export", "export", 0.6, None)
+    manifest(run, "evaluation", "evaluate", 22.0, 24_528)
+    models = {"teacher": (8.81, 134_515_008), "pruned": (61.7, 101_234_567), "student": (11.4, 101_234_567)}
+    metrics = {name: {"perplexity": p, "loss": math.log(p), "num_parameters": n, "num_tokens": 8176} for name, (p, n) in models.items()}
+    write_json(run / "evaluation" / "metrics.json", metrics | {"note": "The text is a fixed slice of WikiText."})
+    return run
+
+
+class Checker(HTMLParser):
+    """Fails on a tag that is closed out of order or never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.words: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-1:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def check(page: str) -> Checker:
+    checker = Checker()
+    checker.feed(page)
+    checker.close()
+    assert not checker.open
+    for foreign in ("http://", "https://", "<script", "@import", "url(", "<link", "<img"):
+        assert foreign not in page
+    assert "nan" not in page.replace("provenance", "").lower().split() and 'd=""' not in page
+    return checker
+
+
+def test_a_full_run_tells_its_story(tmp_path: Path) -> None:
+    result = write_report(make_run(tmp_path / "run"), tmp_path / "out", title="SmolLM <135M> & co")
+    page = (tmp_path / "out" / "index.html").read_text()
+    words = " ".join(check(page).words)
+    for expected in ("134.5M", "101.2M", "75.3%", "8.81", "61.7", "11.4", "SmolLM <135M> & co", WINNER, "loss was <NaN>", "node<7>", "2.1M"):
+        assert expected in words, expected
+    assert "38m28s" in words  # the sum of the stages' wall times
+    assert "SmolLM &lt;135M&gt; &amp; co" in page
+    repaired = (math.log(61.7) - math.log(11.4)) / (math.log(61.7) - math.log(8.81))
+    assert result["repaired"] == pytest.approx(repaired) and f"{100 * repaired:.1f}%" in words
+    assert result["kept"] == pytest.approx(101_234_567 / 134_515_008)
+    assert result["tokens"] == 12_288 + 49_152 + 400_000 + 1_638_400 + 24_528
+    assert result["sections"] == ["shape", "evaluation", "distillation", "candidates", "importance", "cost", "provenance"]
+    assert result["bytes"] == len(page.encode()) and result["bytes"] < 1_000_000
+    assert result["warnings"] == [] and json.dumps(result)
+
+
+def test_every_mark_of_the_layer_chart_has_a_tooltip(tmp_path: Path) -> None:
+    write_report(make_run(tmp_path / "run"), tmp_path / "out", title="t")
+    page = (tmp_path / "out" / "index.html").read_text()
+    for layer in range(30):
+        assert f"layer {layer}: " in page
+    assert page.count(", dropped</title>") >= 2 * 3  # drawn wide and narrow
+    assert "1,024" in page and "kept (27)" in page
+
+
+def remove(run: Path, *names: str) -> None:
+    for name in names:
+        for file in sorted((run / name).rglob("*"), reverse=True):
+            file.unlink() if file.is_file() else file.rmdir()
+        (run / name).rmdir()
+
+
+def test_a_run_that_only_pruned_has_no_student(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    remove(run, "student", "teacher", "ranking")
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    del metrics["student"]
+    write_json(run / "evaluation" / "metrics.json", metrics)
+    result = write_report(run, tmp_path / "out", title="pruned only")
+    page = (tmp_path / "out" / "index.html").read_text()
+    check(page)
+    assert result["repaired"] is None and "repaired" not in " ".join(result["sections"]) and "Damage repaired" not in page
+    assert "distillation" not in result["sections"] and "candidates" in result["sections"]
+
+
+@pytest.mark.parametrize("alone", ["scores", "candidates", "ranking", "pruned", "student", "evaluation", "teacher", "export"])
+def test_any_single_stage_makes_a_page(tmp_path: Path, alone: str) -> None:
+    run = make_run(tmp_path / "run")
+    remove(run, *(p.name for p in run.iterdir() if p.is_dir() and p.name != alone))
+    (run / "run.json").unlink()
+    result = write_report(run, tmp_path / "out", title=alone)
+    check((tmp_path / "out" / "index.html").read_text())
+    assert result["sections"]
+
+
+def test_a_damaged_part_is_named_and_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "ranking" / "ranking.json").write_text('{"candidates": [')
+    (run / "scores" / "scores.safetensors").write_bytes(b"no scores")
+    with (run / "student" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 401, "lo')
+    result = write_report(run, tmp_path / "out", title="t")
+    page = (tmp_path / "out" / "index.html").read_text()
+    check(page)
+    named = ("ranking/ranking.json", "scores/scores.safetensors", "student/metrics.jsonl")
+    assert len(result["warnings"]) == len(named) and all(name in page for name in named)
+    assert "importance" not in result["sections"] and "distillation" in result["sections"]
+
+
+def test_folders_set_aside_do_not_count(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for folder in ("student.old-1", "scores.replaced", f"pruned/{WINNER}.old-1", "report"):
+        manifest(run, folder, "distill", 1000.0, 5)
+    (run / "report.partial").mkdir()
+    result = write_report(run, tmp_path / "out", title="t")
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert result["tokens"] == 2_124_368 and "old-1" not in page and "Not finished" not in page
+
+
+def test_numbers_that_are_none_do_not_break_the_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    write_json(run / "evaluation" / "metrics.json", {"teacher": {"loss": float("nan"), "perplexity": None}, "pruned": {"loss": 3}, "student": 4})
+    write_lines(run / "student" / "metrics.jsonl", [{"step": 1, "loss": float("inf")}, {"step": 2, "loss": 2.0}])
+    check_page = write_report(run, tmp_path / "out", title="t")
+    check((tmp_path / "out" / "index.html").read_text())
+    assert check_page["repaired"] is None
+
+
+def test_a_student_better_or_worse_than_expected_is_told_plainly(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for student, words in ((8.0, "better than the teacher"), (90.0, "made it worse")):
+        metrics = {name: {"perplexity": p} for name, p in {"teacher": 8.81, "pruned": 61.7, "student": student}.items()}
+        write_json(run / "evaluation" / "metrics.json", metrics)
+        write_report(run, tmp_path / "out", title="t")
+        page = (tmp_path / "out" / "index.html").read_text()
+        check(page)
+        assert words in page
+
+
+def test_no_run_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    for place in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(CheckpointError, match="there is no run at"):
+            write_report(place, tmp_path / "out", title="t")
+
+
+def test_numbers_are_written_as_a_person_would() -> None:
+    assert [formats.count(v) for v in (0, 9216, 49152, 134_515_008, 999_999, 1.2e9)] == ["0", "9,216", "49.2K", "134.5M", "1.0M", "1.2B"]
+    assert [formats.number(v) for v in (8.81, 61.72, 250.4, 0.0123, 1e-4, None)] == ["8.81", "61.7", "250", "0.012", "1e-4", "–"]
+    assert formats.percent(0.9999) == "99.9%" and formats.percent(1.0) == "100%" and formats.percent(0.753) == "75.3%"
+    assert formats.size(1536) == "1.5 KiB" and formats.finite(float("nan")) is None and formats.finite(True) is None
+
+
+def test_text_is_escaped_by_construction() -> None:
+    assert tag("p", "<b>", Html("<i></i>"), title='"') == '<p title="&quot;">&lt;b&gt;<i></i></p>'
+
+
+def test_scales_hold_their_values_between_round_ticks() -> None:
+    for values in ([2.31, 4.2], [0.0], [1e-5, 3e-5], [7.0, 7.0], [-3.0, 1e6]):
+        scale = linear(values, start=0, end=100)
+        assert all(-1e-6 <= scale(v) <= 100 + 1e-6 for v in values) and 2 <= len(scale.ticks) <= 9
+    assert logarithmic([0.01, 100.0], start=0, end=100).ticks == (0.01, 0.1, 1.0, 10.0, 100.0)
