@@ -7,7 +7,10 @@ from minitron.data.config import source_configs
 from minitron.distill.losses import build_losses
 from minitron.engine import check_engine, resolve_dtype
 from minitron.errors import ConfigError, nearest
+from minitron.estimate import student_shape
 from minitron.importance import build_observers
+from minitron.models import config_of, discover, resolve_teacher
+from minitron.models.family import resized_config
 from minitron.models.load import PLACEMENTS
 from minitron.stages import load_stage
 
@@ -39,6 +42,22 @@ def check_config(config: Config, stages: list[str]) -> None:
         sections["correct"].training(sections["training"]).check()
     if "rank" in stages:
         sections["ranking"].training(sections["training"]).check()
+
+
+def check_target(config: Config, stages: list[str]) -> None:
+    """Refuse a target that no shape of the teacher meets, before anything is scored. Every rank calls this: the teacher may have to be fetched.
+
+    Raises:
+        MinitronError: the teacher or the target cannot be used.
+    """
+    if "search" not in stages:
+        return
+    teacher = config.sections["teacher"]
+    document = config_of(resolve_teacher(teacher), teacher)
+    family = discover(document)
+    shape, _ = student_shape(config, family.architecture)
+    if config.sections["target"].name == "explicit":
+        resized_config(document, family, shape)
 
 
 def resolve_dtype_name(name: str, key: str) -> None:

@@ -106,13 +106,14 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config = build_config(raw)
     if arguments.command == "plan" or arguments.dry_run:
         return _plan(config, arguments)
-    from minitron.checks import check_config
+    from minitron.checks import check_config, check_target
     from minitron.pipeline import run_stages
 
     stages = config.recipe.stages if arguments.command == "compress" else [arguments.command]
     check_config(config, stages)
     _quiet_libraries()
     dist.init()
+    check_target(config, stages)
     command = "minitron " + " ".join([arguments.command, *overrides])
     run_stages(config, stages, command=command, experiment=experiment)
     if arguments.command == "compress" and dist.is_main():

@@ -44,7 +44,7 @@ def initialized() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def init(timeout_seconds: float = 600.0) -> None:
+def init(timeout_seconds: float = 1800.0) -> None:
     """Join the process group that the launcher's environment describes; nothing to do for one process.
 
     Raises:
@@ -125,4 +125,4 @@ def any_rank(flag: bool) -> bool:
         return flag
     import torch
 
-    return bool(all_reduce_sum(torch.tensor([int(flag)], device=device())).item() > 0)
+    return bool(all_reduce_sum(torch.tensor([int(flag)])).item() > 0)  # on the CPU, so that no GPU waits

@@ -51,7 +51,7 @@ class Estimate:
 def teacher_shape(config: Config) -> Architecture:
     """The teacher's shape, from its config alone when the section holds one."""
     teacher = config.sections["teacher"]
-    folder = None if teacher.config else resolve_teacher(teacher)
+    folder = None if teacher.config else resolve_teacher(teacher, only_config=True)
     return discover(config_of(folder, teacher)).architecture
 
 

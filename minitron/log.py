@@ -18,7 +18,7 @@ def setup(debug: bool = False) -> None:
     """Send log lines to stderr: everything on rank 0, warnings elsewhere."""
     level = logging.DEBUG if debug else logging.INFO
     handler = logging.StreamHandler(sys.stderr)
-    rank = f"[rank {dist.rank()}] " if dist.world_size() > 1 else ""
+    rank = "" if dist.is_main() else f"[rank {dist.rank()}] "
     handler.setFormatter(logging.Formatter(f"{rank}%(message)s"))
     root = logging.getLogger("minitron")
     root.handlers[:] = [handler]

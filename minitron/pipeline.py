@@ -18,7 +18,7 @@ from minitron.checkpoint import StopSignal
 from minitron.config import Config
 from minitron.core.manifest import Manifest, fingerprint_folder, plain, publish, set_aside, write_text
 from minitron.core.protocols import StageModule
-from minitron.errors import CheckpointError, ConfigError, LaunchError, MinitronError
+from minitron.errors import CheckpointError, ConfigError, Interrupted, LaunchError, MinitronError
 from minitron.log import duration, get_logger
 from minitron.stages import load_stage
 from minitron.stages.context import StageContext
@@ -45,6 +45,8 @@ def run_stages(config: Config, stages: list[str], *, command: str, experiment: s
         _open_run(run_dir, config, stages, command, experiment)
     dist.barrier()
     for number, (name, module) in enumerate(modules, start=1):
+        if stop.requested():
+            raise Interrupted(f"stopped before {name}; the same command goes on from there")
         context = StageContext(run_dir, config.title, config.seed, config.view(module.SECTIONS), stop.requested, memory)
         if "teacher" in module.SECTIONS:
             context.original_teacher()  # may fetch or convert it, which takes every rank
@@ -113,11 +115,12 @@ def _run_stage(config: Config, name: str, module: StageModule, context: StageCon
     """One stage into one folder."""
     final = context.run_dir / folder
     partial = final.with_name(f"{final.name}.partial")
-    settings = config.settings(module.SECTIONS)
+    effective = getattr(module, "effective", None)  # a stage may use a section only in part, or changed by another one
+    settings = {**config.settings(module.SECTIONS), **(effective(context) if effective else {})}
     verdict = _on_main(lambda: _decide(config, name, module, context, final, partial, settings, label))
     if verdict is None:
         return
-    started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
+    started, clock = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), time.monotonic()
     main_only = getattr(module, "MAIN_ONLY", False)
     try:
         results = _on_main(lambda: module.run(context, partial)) if main_only else module.run(context, partial)
@@ -184,9 +187,9 @@ def _decide(
 
 
 def _read_begun(partial: Path, name: str) -> Manifest | None:
-    """The manifest of a begun stage; a partial folder without one holds nothing worth keeping."""
+    """The manifest of a begun stage; a partial folder without one, or with nothing else (bad input was refused), is not worth keeping."""
     path = partial / _BEGUN
-    if not path.is_file():
+    if not path.is_file() or all(entry == path for entry in partial.iterdir()):
         shutil.rmtree(partial, ignore_errors=True)
         return None
     try:

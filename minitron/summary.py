@@ -35,7 +35,7 @@ def summary(run_dir: Path, config: Config) -> str:
             lines.append(f"  {label:<9}{run_dir / relative}")
     steps = config.sections["training"].num_steps
     if steps and config.title == "quickstart":
-        lines += ["", f"  next: minitron compress experiment=quickstart training.num_steps={steps * 10} run_dir=runs/longer"]
+        lines += ["", f"  next: bash launch/quickstart.sh training.num_steps={steps * 10} rerun=true   (scores and ranking are kept)"]
     elif (run_dir / "export").is_dir():
         lines += ["", f"  next: python -c \"from transformers import pipeline; print(pipeline('text-generation', '{run_dir / 'export'}')('The'))\""]
     return "\n".join(lines)

@@ -59,29 +59,43 @@ class Checkpointer:
             CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
         """
         final, partial = self.folder / f"step-{step}", self.folder / f"step-{step}.partial"
-        failure = ""
-        try:
+
+        def make_room() -> None:
             if dist.is_main():
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-            dist.barrier()
+
+        def write_share() -> None:
             path = partial / self._rank_file()
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, str(path))
             path.with_suffix(".sha256").write_text(file_digest(path))
-        except (OSError, SafetensorError) as error:
-            failure = str(error)
-        if dist.any_rank(bool(failure)):
+
+        def finish() -> None:
             if dist.is_main():
-                shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(f"the checkpoint of step {step} cannot be written to {self.folder}: {failure or 'another rank failed'}")
+                (partial / "state.json").write_text(json.dumps({"step": step, "world_size": dist.world_size(), **meta}))
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(partial, final)
+
+        for part in (make_room, write_share, finish):
+            failure = ""
+            try:
+                part()
+            except (OSError, SafetensorError) as error:
+                failure = str(error)
+            if dist.any_rank(bool(failure)):  # also the barrier between the parts, so that one rank's failure stops all
+                if dist.is_main():
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise CheckpointError(f"the checkpoint of step {step} cannot be written to {self.folder}: {failure or 'another rank failed'}")
         if dist.is_main():
-            document = {"step": step, "world_size": dist.world_size(), **meta}
-            (partial / "state.json").write_text(json.dumps(document))
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
-            for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
+            self._drop_old(step)
         dist.barrier()
+
+    def _drop_old(self, newest: int) -> None:
+        """Keep the newest few. A later step than the newest is an unsound one that training has gone back behind."""
+        earlier = [step for step in self.steps() if step <= newest]
+        for step in self.steps():
+            if step not in earlier[-self.keep :]:
+                shutil.rmtree(self.folder / f"step-{step}", ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps of all whole checkpoints, ascending."""
@@ -103,7 +117,7 @@ class Checkpointer:
                 meta = json.loads((folder / "state.json").read_text())
                 if meta["world_size"] != dist.world_size():
                     raise CheckpointError(
-                        f"{folder} was written by {meta['world_size']} processes, this run has {dist.world_size()}: start as many, or set rerun=true"
+                        f"{folder} was written by {meta['world_size']} processes, this run has {dist.world_size()}: start as many, or remove it to start over"
                     )
                 path = folder / self._rank_file()
                 sound = path.with_suffix(".sha256").read_text() == file_digest(path)
@@ -115,5 +129,5 @@ class Checkpointer:
                 return tensors, meta
             logger.warning("checkpoint %s does not match its checksum; trying an older one", folder)
         if steps:
-            raise CheckpointError(f"none of the checkpoints in {self.folder} is sound; rerun=true sets the folder aside and starts over")
+            raise CheckpointError(f"none of the checkpoints in {self.folder} is sound; remove that folder to start over")
         return None

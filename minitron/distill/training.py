@@ -24,6 +24,7 @@ from minitron.engine import EngineConfig, build_engine
 from minitron.errors import CheckpointError, Interrupted
 from minitron.log import Progress as ProgressBar
 from minitron.log import get_logger
+from minitron.models.head import check_linear_head
 
 logger = get_logger(__name__)
 
@@ -81,6 +82,7 @@ class TrainingRun:
         return TrainingResult(engine, progress.step, progress.tokens, self.curve)
 
     def _prepare(self, engine: Engine) -> TeacherStudent:
+        check_linear_head(self.student)
         root = StudentLosses(self.student, self.loss, compute_dtype=engine.compute_dtype)
         if self.engine.activation_checkpointing:
             self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
@@ -96,9 +98,7 @@ class TrainingRun:
             return Progress()
         tensors, meta = found
         if meta["engine"] != engine.name:
-            raise CheckpointError(
-                f"the checkpoint in {self.folder} was written under engine={meta['engine']}; go on with that engine, or set rerun=true"
-            )
+            raise CheckpointError(f"{self.folder} was begun under engine={meta['engine']}; go on with it, or remove the folder")
         engine.load_state_dict({key: value for key, value in tensors.items() if not key.startswith("random/")})
         restore_random_state(tensors)
         batches.load_state_dict(meta["data"])

@@ -163,11 +163,19 @@ class DeepSpeedEngine:
 
     def _set_masters(self, originals: dict[str, torch.Tensor]) -> None:
         """DeepSpeed makes masters out of weights it has rounded to bf16; put back what was rounded away."""
-        from deepspeed.utils import safe_set_full_fp32_param
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         for name, parameter in self._root.named_parameters():
-            if name in originals:
-                safe_set_full_fp32_param(parameter, originals.pop(name).to(dist.device()))
+            if name not in originals:
+                continue
+            whole = originals.pop(name).to(dist.device())
+            if self._stage < 3:
+                safe_set_full_fp32_param(parameter, whole)
+                continue
+            # ZeRO-3's own setter of whole tensors fails where the ranks do not divide a parameter, which is then padded.
+            size: int = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+            padded = nn.functional.pad(whole.flatten(), (0, size * dist.world_size() - whole.numel()))
+            safe_set_local_fp32_param(parameter, padded[dist.rank() * size : (dist.rank() + 1) * size])
 
     @torch.no_grad()
     def _refresh_weights(self) -> None:
@@ -182,11 +190,13 @@ class DeepSpeedEngine:
 
 def _import_deepspeed() -> Any:
     """DeepSpeed, told about the machine first."""
-    if not torch.cuda.is_available():
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
-    import deepspeed.ops
 
-    # The shared-memory op serves inference only; building it takes half a minute and a compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if on_cpu:  # the shared-memory op serves inference only; building it takes half a minute and a compiler
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -11,7 +11,7 @@ from torch import nn
 from minitron import dist
 from minitron.core.options import option
 from minitron.log import Progress
-from minitron.models.head import decoder_of, head_weight
+from minitron.models.head import check_linear_head, decoder_of, head_weight
 from minitron.ops.kd_loss import IGNORE_INDEX
 from minitron.ops.token_loss import token_losses
 
@@ -24,19 +24,23 @@ class EvaluateConfig:
     batch_size: int = option(4, "sequences per forward", recorded=True)
 
 
-def perplexity(model: nn.Module, sequences: torch.Tensor, *, batch_size: int, what: str) -> dict[str, float]:
-    """Loss and perplexity over ``sequences`` [num, length]; ranks share the work, no ``[tokens, vocab]`` tensor is made.
+def perplexity(model: nn.Module, sequences: torch.Tensor, *, batch_size: int, what: str, alone: bool = False) -> dict[str, float]:
+    """Loss and perplexity over ``sequences`` [num, length]; no ``[tokens, vocab]`` tensor is made.
+
+    Ranks share the work, unless one rank does it ``alone``.
 
     Returns:
         ``loss`` (nats per token), ``perplexity``, ``num_tokens`` (predicted ones).
     """
+    check_linear_head(model)
+    rank, world = (0, 1) if alone else (dist.rank(), dist.world_size())
     decoder, head, device = decoder_of(model), head_weight(model), dist.device()
     batches = sequences.split(batch_size)
     total = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, tokens
     bar = Progress(f"evaluate {what}", total=len(sequences), unit="sequence")
     with torch.no_grad():
         for index, batch in enumerate(batches):
-            if index % dist.world_size() == dist.rank():
+            if index % world == rank:
                 ids = batch.to(device)
                 labels = torch.full_like(ids, IGNORE_INDEX)
                 labels[:, :-1] = ids[:, 1:]
@@ -44,6 +48,6 @@ def perplexity(model: nn.Module, sequences: torch.Tensor, *, batch_size: int, wh
                 losses = token_losses(hidden.flatten(0, 1), head, labels.flatten())
                 total += torch.stack([losses.double().sum(), (labels != IGNORE_INDEX).sum().double()])
             bar.advance(len(batch))
-    loss_sum, tokens = dist.all_reduce_sum(total).tolist()
+    loss_sum, tokens = (total if alone else dist.all_reduce_sum(total)).tolist()
     loss = loss_sum / max(tokens, 1)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "num_tokens": int(tokens)}

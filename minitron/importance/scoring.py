@@ -53,7 +53,7 @@ def run_pass(
         observer.attach(model, family)
     if any(observer.needs_forward for observer in observers):
         _forward_all(model, samples, observers, batch_size, checkpointer, checkpoint_every, stop)
-        _reduce(observers)
+        _reduce([observer for observer in observers if observer.needs_forward])  # what is read off the weights is whole on every rank
     scores: dict[str, torch.Tensor] = {}
     for observer in observers:
         scores.update(observer.scores(family, num_samples=len(samples)))
@@ -84,8 +84,8 @@ def _forward_all(
                 decoder(input_ids=batches[index].to(device), use_cache=False)
         bar.advance(min(batch_size * dist.world_size(), len(samples) - bar.done))
         finished = number + 1
-        if checkpointer is not None and finished % checkpoint_every == 0 and finished < rounds:
-            stopping = stop()
+        stopping = stop()
+        if checkpointer is not None and finished < rounds and (stopping or finished % checkpoint_every == 0):
             checkpointer.save(finished, {f"{i}/{k}": v for i, o in enumerate(observers) for k, v in o.sums.items()}, {})
             if stopping:
                 raise Interrupted(f"importance stopped after {bar.done} of {len(samples)} samples; the same command goes on from there")

@@ -96,6 +96,16 @@ def changed_config(config: Any, changes: dict[str, Any]) -> Any:
         raise ArchitectureError(f"a {config.model_type} config cannot have {changes}: {_first_line(error)}") from error
 
 
+def resized_config(config: Any, family: Family, shape: Architecture) -> Any:
+    """A config with the sizes of another shape and all its layers, to ask whether the family's config class takes them.
+
+    Raises:
+        ArchitectureError: it does not (some want hidden_size to divide by the heads).
+    """
+    sizes = {name: shape.size(axis) for axis, name in family.fields.items() if axis in ("hidden", "ffn", "head", "kv_head")}
+    return changed_config(config, {**sizes, "head_dim": shape.head_dim})
+
+
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2]) if lines else type(error).__name__

@@ -34,5 +34,5 @@ def check_linear_head(model: nn.Module) -> None:
     if (plain - logits).abs().max() > 0.02 * scale:
         kind = model.config.model_type  # type: ignore[union-attr]
         raise ArchitectureError(
-            f"the head of '{kind}' does more than a matrix product (a cap, scale or bias on its logits), which distillation does not support yet"
+            f"the head of '{kind}' does more than a matrix product (a cap, scale or bias on its logits), which its losses do not support yet"
         )

@@ -39,8 +39,10 @@ class TeacherConfig:
     note: str | None = option(None, "a remark on the teacher's origin, shown in reports", recorded=True)
 
 
-def resolve_teacher(config: TeacherConfig) -> Path | None:
+def resolve_teacher(config: TeacherConfig, *, only_config: bool = False) -> Path | None:
     """The teacher's folder on disk, fetched or converted when needed; None when there is only a config.
+
+    ``only_config`` fetches nothing but the config of a hub id.
 
     Raises:
         ConfigError: no teacher is named.
@@ -58,13 +60,15 @@ def resolve_teacher(config: TeacherConfig) -> Path | None:
     looks_local = folder.is_absolute() or config.path.startswith(("./", "../", "~")) or config.path.count("/") != 1
     if looks_local:
         raise CheckpointError(f"teacher.path={config.path} does not exist")
-    return _from_hub(config.path, config.revision)
+    return _from_hub(config.path, config.revision, ["config.json"] if only_config else _HUB_FILES)
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+
+
+def _from_hub(name: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
     try:
         if dist.local_rank() == 0:
             snapshot_download(name, revision=revision, allow_patterns=patterns)

@@ -74,6 +74,7 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, 
         nonlocal pending, size
         try:
             save_file(pending, str(folder / f"shard-{len(shards)}.safetensors"), metadata={"format": "pt"})
+            (folder / f"shard-{len(shards)}.safetensors").chmod(0o644)  # safetensors makes files that only their owner may read
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"weights cannot be written to {folder}: {error}") from error
         shards.append(list(pending))

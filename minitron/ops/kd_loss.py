@@ -95,7 +95,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     # where, not times: a masked row may hold inf or nan, and 0 * nan is nan
                     total_gradient = torch.where(valid[:, None], total_gradient.mul_(scale[:, None]), 0.0)
                     hidden_gradient[rows] = (total_gradient.to(compute_dtype) @ student_weight.to(compute_dtype)).to(student_hidden.dtype)
-                    _accumulate_head_gradient(weight_gradient, total_gradient, hidden[rows])
+                    _accumulate_head_gradient(weight_gradient, total_gradient, torch.where(valid[:, None], hidden[rows], 0.0))
         if hidden_gradient is not None and weight_gradient is not None:
             ctx.save_for_backward(hidden_gradient, weight_gradient.to(student_weight.dtype))
         weights = torch.tensor([loss.weight for loss in losses], device=hidden.device)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from minitron.core.architecture import Architecture
+from minitron import dist
 from minitron.core.candidate import Candidate, read_candidates
-from minitron.core.manifest import Manifest
+from minitron.core.manifest import Manifest, fingerprint_folder
 from minitron.core.protocols import Tracker
 from minitron.data import Text, data_fingerprint, open_text
 from minitron.engine import resolve_dtype
@@ -24,6 +24,9 @@ from minitron.errors import CheckpointError, DataError
 from minitron.models import Family, config_of, discover, load_causal_lm, load_tokenizer, resolve_teacher
 from minitron.tracking import build_trackers
 from minitron.tracking.jsonl import FILE_NAME, truncate_after
+
+#: Held-out losses of untrained candidates, beside the pruned folders.
+ZERO_SHOT = "zero_shot.json"
 
 
 @dataclass
@@ -106,10 +109,10 @@ class StageContext:
         return read_candidates(self.run_dir / "candidates" / "candidates.jsonl", self.family().layout)
 
     def winner(self) -> str:
-        """The candidate to go on with: the best ranked, else the first that search wrote.
+        """The candidate to go on with: the best ranked, else the only one, else the best without training (``zero_shot.json``).
 
         Raises:
-            CheckpointError: there is neither a ranking nor a search.
+            CheckpointError: nothing says which one that is.
         """
         ranking = self.run_dir / "ranking" / "ranking.json"
         if ranking.is_file():
@@ -117,7 +120,21 @@ class StageContext:
             if best["status"] != "ok":
                 raise CheckpointError(f"no candidate of {ranking} was trained to its end: {best['name']} failed ({best['reason']})")
             return str(best["name"])
-        return self.candidates()[0].name
+        candidates = self.candidates()
+        if len(candidates) == 1:
+            return candidates[0].name
+        losses = self.zero_shot_losses()
+        if not losses:
+            raise CheckpointError("there are several candidates and no ranking: run 'minitron rank' or 'minitron prune' first")
+        return min(losses, key=losses.__getitem__)
+
+    def zero_shot_losses(self) -> dict[str, float]:
+        """Held-out losses of the untrained candidates, when ``prune`` has measured them for the candidates of now."""
+        path = self.run_dir / "pruned" / ZERO_SHOT
+        if not path.is_file():
+            return {}
+        known = json.loads(path.read_text())
+        return dict(known["losses"]) if known["candidates"] == fingerprint_folder(self.run_dir / "candidates") else {}
 
     def pruned_folder(self) -> Path:
         """The pruned model to distil: ``student.path`` when given, else the winner's folder."""
@@ -128,7 +145,7 @@ class StageContext:
         """A maker of trackers that first cuts off metric lines after the step to go on from."""
 
         def make(step: int) -> Tracker:
-            if (out / FILE_NAME).is_file():
+            if dist.is_main() and (out / FILE_NAME).is_file():
                 truncate_after(out / FILE_NAME, step if step > 0 else -1)
             settings = {"jsonl": {}, **self.sections.tracking}
             return build_trackers(settings, folder=out, run_name=f"{self.title}/{stage}", group=self.title, config={})
@@ -145,8 +162,3 @@ def config_fingerprint(config: Any) -> str:
     """A hash of a config's content, for stages that read no weights."""
     values = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "transformers_version", "dtype")}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def shape_of(folder: Path) -> Architecture:
-    """The shape of the model in a folder."""
-    return discover(config_of(folder)).architecture

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from minitron.core.options import relevant
 from minitron.distill.losses import LossConfig
 from minitron.stages.context import StageContext
 from minitron.stages.training_stage import train_folder
@@ -17,6 +18,11 @@ HELP = "fine-tune the teacher on the distillation data before anything else"
 def inputs(context: StageContext) -> dict[str, Any]:
     """The teacher as it came, and the text."""
     return {"teacher": context.original_teacher(), "data": context.data_fingerprint()}
+
+
+def effective(context: StageContext) -> dict[str, Any]:
+    """The training settings that the correction really uses."""
+    return {"training": relevant(context.sections.correct.training(context.sections.training))}
 
 
 def run(context: StageContext, out: Path) -> dict[str, Any]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 from torch import nn
 
+from minitron import dist
 from minitron.core.candidate import Candidate
+from minitron.core.manifest import fingerprint_folder, write_text
 from minitron.core.plan import PrunePlan, make_plan
 from minitron.core.scores import ImportanceScores
+from minitron.engine import resolve_dtype
 from minitron.errors import CheckpointError
+from minitron.evaluate import perplexity
 from minitron.models.load import model_from_weights
 from minitron.models.weights import WeightReader
 from minitron.prune import prune_weights, target_config
-from minitron.stages.context import StageContext
+from minitron.stages.context import ZERO_SHOT, StageContext
 
 
 def plan_for(context: StageContext, candidate: Candidate) -> PrunePlan:
@@ -37,3 +42,16 @@ def cut_in_memory(context: StageContext, plan: PrunePlan, *, dtype: torch.dtype)
     target = target_config(config, plan, context.family())
     weights = {name: tensor.to(dtype) for name, tensor in prune_weights(reader.get, plan, context.family())}
     return model_from_weights(target, weights, dtype=dtype, device=torch.device("cpu"))
+
+
+def measure_zero_shot(context: StageContext) -> None:
+    """Write the held-out loss of every candidate right after cutting, for want of a ranking."""
+    sequences = context.held_out(context.sections.ranking.num_validation_sequences)
+    dtype = resolve_dtype(context.sections.teacher.dtype)
+    losses = {}
+    for candidate in context.candidates():
+        model = cut_in_memory(context, plan_for(context, candidate), dtype=dtype).to(dist.device()).eval()
+        losses[candidate.name] = perplexity(model, sequences, batch_size=4, what=candidate.name, alone=True)["loss"]
+    folder = context.run_dir / "pruned"
+    folder.mkdir(exist_ok=True)
+    write_text(folder / ZERO_SHOT, json.dumps({"candidates": fingerprint_folder(context.run_dir / "candidates"), "losses": losses}, indent=1))

@@ -45,7 +45,7 @@ def run(context: StageContext, out: Path) -> dict[str, Any]:
     dtype = resolve_dtype(context.sections.teacher.dtype)
     metrics: dict[str, Any] = {}
     for name, folder in _models(context).items():
-        model = load_causal_lm(folder, dtype=dtype)
+        model = load_causal_lm(folder, dtype=dtype, trust_remote_code=context.sections.teacher.trust_remote_code)
         metrics[name] = perplexity(model, sequences, batch_size=settings.batch_size, what=name)
         metrics[name]["num_parameters"] = sum(p.numel() for p in model.parameters())
         logger.info("  %-18s perplexity %8.2f   %s parameters", name, metrics[name]["perplexity"], f"{metrics[name]['num_parameters']:,}")

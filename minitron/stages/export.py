@@ -9,15 +9,13 @@ from typing import Any
 
 import torch
 
-from minitron import __version__
-from minitron.core.manifest import Manifest
 from minitron.core.options import option
-from minitron.core.plan import PrunePlan
 from minitron.errors import CheckpointError, ConfigError
-from minitron.models import config_of, load_causal_lm
+from minitron.models import config_of, discover, load_causal_lm
 from minitron.models.load import DTYPES
 from minitron.models.weights import WeightReader, copy_companions, write_weights
-from minitron.stages.context import StageContext, shape_of
+from minitron.stages.context import StageContext
+from minitron.stages.provenance import model_card, provenance_of
 
 FOLDER = "export"
 SECTIONS = ("teacher", "student", "export")
@@ -48,53 +46,19 @@ def run(context: StageContext, out: Path) -> dict[str, Any]:
     if dtype not in DTYPES:
         raise ConfigError(f"export.dtype={dtype} is not one of {', '.join(DTYPES)}")
     source = _source(context)
-    reader = WeightReader(source)
+    reader, teacher = WeightReader(source), context.sections.teacher
     count = write_weights(out, ((name, tensor.to(DTYPES[dtype])) for name, tensor in reader.items(reader.files)))
-    config = config_of(source)
+    config = config_of(source, teacher)
     config.dtype = {"bf16": "bfloat16"}.get(dtype, dtype)
     config.use_cache = True
     config.save_pretrained(out)
     copy_companions(source, out)
-    predicted = shape_of(source).num_parameters
-    reloaded = sum(p.numel() for p in load_causal_lm(out, dtype=DTYPES[dtype], device=torch.device("cpu")).parameters())
+    predicted = discover(config_of(source, teacher)).architecture.num_parameters
+    model = load_causal_lm(out, dtype=DTYPES[dtype], device=torch.device("cpu"), trust_remote_code=teacher.trust_remote_code)
+    reloaded = sum(p.numel() for p in model.parameters())
     if not count == reloaded == predicted:
         raise CheckpointError(f"the export has {reloaded} parameters after reloading, {count} were written and {predicted} predicted")
-    provenance = _provenance(context, source, count)
+    provenance = provenance_of(context, source, count)
     (out / "minitron.json").write_text(json.dumps(provenance, indent=1))
-    (out / "README.md").write_text(_model_card(context, provenance))
+    (out / "README.md").write_text(model_card(context, provenance))
     return {"num_parameters": count, "dtype": dtype, "source": source.name}
-
-
-def _provenance(context: StageContext, source: Path, count: int) -> dict[str, Any]:
-    """Where the model comes from: fingerprints, plan and training of the stages before."""
-    found: dict[str, Any] = {"minitron_version": __version__, "num_parameters": count, "seed": context.seed, "stages": {}}
-    pruned = context.pruned_folder()
-    for folder in (context.run_dir / "teacher", context.run_dir / "scores", pruned, context.run_dir / "student"):
-        manifest = Manifest.read(folder) if folder.is_dir() else None
-        if manifest is not None:
-            found["stages"][manifest.stage] = {"settings": manifest.settings, "inputs": manifest.inputs, "results": manifest.results}
-    plan = pruned / "plan.json"
-    if plan.is_file():
-        found["plan"] = json.loads(plan.read_text())
-        PrunePlan.load(plan, context.family().architecture)  # an export never carries a plan that cannot be replayed
-    return found
-
-
-def _model_card(context: StageContext, provenance: dict[str, Any]) -> str:
-    stages = provenance["stages"]
-    teacher = context.sections.teacher
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [minitron, pruned, distilled]", "---", ""]
-    lines += [
-        f"# {context.title}",
-        "",
-        f"A model of {provenance['num_parameters']:,} parameters, made with minitron {provenance['minitron_version']}.",
-        "",
-    ]
-    lines += [f"- Teacher: `{teacher.path}`" + (f" ({teacher.note})" if teacher.note else "")]
-    if "prune" in stages:
-        lines.append(f"- Cut to: `{stages['prune']['results'].get('candidate')}` (kept units in `minitron.json`)")
-    if "distill" in stages:
-        results = stages["distill"]["results"]
-        lines.append(f"- Distilled for {results.get('tokens', 0):,} tokens; held-out loss {results.get('validation_loss') or 0.0:.3f}")
-    lines += ["", "The licence of the teacher applies to this model."]
-    return "\n".join(lines) + "\n"

@@ -12,10 +12,10 @@ from minitron.models.weights import WeightReader, copy_companions, write_weights
 from minitron.prune import prune_weights, target_config
 from minitron.prune.proof import require_proof
 from minitron.stages.context import StageContext
-from minitron.stages.cut import plan_for
+from minitron.stages.cut import measure_zero_shot, plan_for
 
 FOLDER = "pruned"
-SECTIONS = ("teacher", "depth", "prune")
+SECTIONS = ("teacher", "depth", "prune", "data", "ranking")
 HELP = "write the winning candidate, or those asked for, as Hugging Face folders"
 MAIN_ONLY = True
 #: Sequence length at which FLOPs per token are stated in the results.
@@ -36,12 +36,21 @@ def folders(context: StageContext) -> list[str]:
     Raises:
         ConfigError: a name that search did not list.
     """
-    names = context.sections.prune.candidates or [context.winner()]
     known = [candidate.name for candidate in context.candidates()]
+    names = context.sections.prune.candidates
+    if names is None:
+        if len(known) > 1 and not (context.run_dir / "ranking" / "ranking.json").is_file() and not context.zero_shot_losses():
+            measure_zero_shot(context)
+        names = [context.winner()]
     for name in names:
         if name not in known:
             raise ConfigError(f"prune.candidates has '{name}', which is not in candidates.jsonl; {nearest(name, known)}")
     return [f"{FOLDER}/{name}" for name in names]
+
+
+def effective(context: StageContext) -> dict[str, Any]:
+    """The text decides which candidate is written, not how it is cut."""
+    return {"data": {}, "ranking": {}}
 
 
 def inputs(context: StageContext) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from minitron import dist
 from minitron.core.candidate import Candidate
 from minitron.core.manifest import write_text
+from minitron.core.options import relevant
 from minitron.distill.pair import TeacherSignal
 from minitron.distill.training import TrainingResult, TrainingRun
 from minitron.engine import build_engine
@@ -36,6 +37,11 @@ def inputs(context: StageContext) -> dict[str, Any]:
         "candidates": context.run_dir / "candidates",
         "data": context.data_fingerprint(),
     }
+
+
+def effective(context: StageContext) -> dict[str, Any]:
+    """The training settings that ranking really uses: a longer distillation does not undo a ranking."""
+    return {"training": relevant(context.sections.ranking.training(context.sections.training))}
 
 
 def run(context: StageContext, out: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from minitron.core.plan import select_layers
 from minitron.core.scores import ImportanceScores
 from minitron.errors import ArchitectureError
 from minitron.log import get_logger
-from minitron.models.family import changed_config
+from minitron.models.family import resized_config
 from minitron.search import axis_values, budget, enumerate_shapes, explicit_shape, pick_diverse
 from minitron.stages.context import StageContext, config_fingerprint
 
@@ -29,6 +29,11 @@ def inputs(context: StageContext) -> dict[str, Any]:
     if (context.run_dir / "scores" / "scores.safetensors").is_file():
         found["scores"] = context.run_dir / "scores"
     return found
+
+
+def effective(context: StageContext) -> dict[str, Any]:
+    """Of the data section only the sequence length matters, for the predicted costs."""
+    return {"data": {"sequence_length": context.sections.data.sequence_length}}
 
 
 def run(context: StageContext, out: Path) -> dict[str, Any]:
@@ -55,11 +60,9 @@ def run(context: StageContext, out: Path) -> dict[str, Any]:
 
 
 def _allowed(context: StageContext, shape: Architecture) -> bool:
-    """Whether the family's config class takes these sizes (some want hidden_size to divide by the heads)."""
-    family = context.family()
-    sizes = {field: shape.size(axis) for axis, field in family.fields.items() if axis in ("hidden", "ffn", "head", "kv_head")}
+    """Whether the family's config class takes these sizes."""
     try:
-        changed_config(context.teacher_config(), {**sizes, "head_dim": shape.head_dim})
+        resized_config(context.teacher_config(), context.family(), shape)
     except ArchitectureError:
         return False
     return True

@@ -27,7 +27,8 @@ def train_folder(
     """
     sections = context.sections
     training.check()
-    student = load_causal_lm(source, dtype=torch.float32, device=torch.device("cpu"))
+    trust = sections.teacher.trust_remote_code
+    student = load_causal_lm(source, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=trust)
     teacher = context.load_teacher(device=torch.device("cpu")) if with_teacher else None
     result = TrainingRun(
         student=student,
@@ -48,7 +49,7 @@ def train_folder(
     weights = result.student_weights()
     if dist.is_main():
         write_weights(out, weights)
-        config = config_of(source)
+        config = config_of(source, sections.teacher)
         config.dtype = "float32"
         config.save_pretrained(out)
         copy_companions(source, out)
