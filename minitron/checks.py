@@ -23,7 +23,7 @@ def check_config(config: Config, stages: list[str]) -> None:
     """
     used = {section for name in stages for section in load_stage(name).SECTIONS}
     sections = config.sections
-    if "data" in used and any(name not in ("search",) for name in stages):
+    if "data" in used and any(name not in ("search", "prune") for name in stages):
         source_configs(sections["data"])
     if "importance" in stages:
         build_observers(sections["importance"], sections["depth"], seed=config.seed)

@@ -51,7 +51,8 @@ class Estimate:
 def teacher_shape(config: Config) -> Architecture:
     """The teacher's shape, from its config alone when the section holds one."""
     teacher = config.sections["teacher"]
-    folder = None if teacher.config else resolve_teacher(teacher, only_config=True)
+    stands_here = bool(teacher.path) and Path(teacher.path).expanduser().is_dir()
+    folder = resolve_teacher(teacher, only_config=True) if stands_here or not teacher.config else None
     return discover(config_of(folder, teacher)).architecture
 
 

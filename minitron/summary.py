@@ -14,9 +14,9 @@ from minitron.log import duration
 
 def summary(run_dir: Path, config: Config) -> str:
     """One table of a finished run: parameters, perplexity, tokens, time, where things lie, what to try next."""
-    lines = ["", f"  {'':<20}{'parameters':>15}{'perplexity':>13}{'loss':>9}"]
     path = run_dir / "evaluation" / "metrics.json"
     metrics: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    lines = ["", f"  {'':<20}{'parameters':>15}{'perplexity':>13}{'loss':>9}"] if metrics else []
     for name, row in metrics.items():
         if isinstance(row, dict):
             lines.append(f"  {name.replace('_', ' '):<20}{row['num_parameters']:>15,}{row['perplexity']:>13.2f}{row['loss']:>9.3f}")

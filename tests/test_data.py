@@ -112,9 +112,7 @@ def test_hugging_face_folder_map_style_and_streaming(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     stored = datasets.Dataset.from_dict({"body": [document(i) for i in range(30)]})
     stored.save_to_disk(str(tmp_path / "disk"))
-    configs = [
-        DataConfig(name=str(tmp_path / "disk"), text_column="body", streaming=streaming, sequence_length=16) for streaming in (False, True)
-    ]
+    configs = [DataConfig(name=str(tmp_path / "disk"), text_column="body", streaming=streaming, sequence_length=16) for streaming in (False, True)]
     whole, streamed = (open_text(config, tiny_tokenizer(), seed=3) for config in configs)
     assert torch.equal(whole.take(2, split="validation"), streamed.take(2, split="validation"))
     assert whole.fingerprint == streamed.fingerprint
@@ -316,8 +314,7 @@ def test_one_epoch_of_a_blend_uses_every_source_up(tmp_path: Path) -> None:
 def test_shares_concatenate_to_the_same_global_batch(tmp_path: Path, world_size: int, micro: int | None) -> None:
     expected = draw(opened(tmp_path).stream(), 24).view(3, 8, 32)
     ranks = [
-        GlobalBatches(opened(tmp_path).stream(), batch_size=8, micro_batch_size=micro, rank=rank, world_size=world_size)
-        for rank in range(world_size)
+        GlobalBatches(opened(tmp_path).stream(), batch_size=8, micro_batch_size=micro, rank=rank, world_size=world_size) for rank in range(world_size)
     ]
     for step in range(3):
         shares = [batches.next() for batches in ranks]

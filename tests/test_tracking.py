@@ -60,9 +60,7 @@ def test_console_speaks_every_n_steps(tmp_path: Path, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.INFO, logger="minitron"):
         for step in range(1, 11):
             tracker.log(step, {"loss": 1.23456, "tokens": 1234567.0})
-    assert [record.getMessage() for record in caplog.records] == [
-        f"tiny step {step}  loss 1.235  tokens 1,234,567" for step in (1, 5, 10)
-    ]
+    assert [record.getMessage() for record in caplog.records] == [f"tiny step {step}  loss 1.235  tokens 1,234,567" for step in (1, 5, 10)]
 
 
 def test_other_ranks_are_silent_but_check_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

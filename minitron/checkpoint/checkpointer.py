@@ -117,7 +117,7 @@ class Checkpointer:
                 meta = json.loads((folder / "state.json").read_text())
                 if meta["world_size"] != dist.world_size():
                     raise CheckpointError(
-                        f"{folder} was written by {meta['world_size']} processes, this run has {dist.world_size()}: start as many, or remove it to start over"
+                        f"{folder} needs {meta['world_size']} processes, this run has {dist.world_size()}: start as many, or remove it"
                     )
                 path = folder / self._rank_file()
                 sound = path.with_suffix(".sha256").read_text() == file_digest(path)

@@ -134,7 +134,11 @@ class StageContext:
         if not path.is_file():
             return {}
         known = json.loads(path.read_text())
-        return dict(known["losses"]) if known["candidates"] == fingerprint_folder(self.run_dir / "candidates") else {}
+        return dict(known["losses"]) if known["inputs"] == self.zero_shot_inputs() else {}
+
+    def zero_shot_inputs(self) -> dict[str, str]:
+        """Fingerprints that the zero-shot losses belong to."""
+        return {name: fingerprint_folder(self.run_dir / name) for name in ("candidates", "scores")}
 
     def pruned_folder(self) -> Path:
         """The pruned model to distil: ``student.path`` when given, else the winner's folder."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from minitron import dist
 from minitron.core.candidate import Candidate
-from minitron.core.manifest import fingerprint_folder, write_text
+from minitron.core.manifest import write_text
 from minitron.core.plan import PrunePlan, make_plan
 from minitron.core.scores import ImportanceScores
 from minitron.engine import resolve_dtype
@@ -54,4 +54,4 @@ def measure_zero_shot(context: StageContext) -> None:
         losses[candidate.name] = perplexity(model, sequences, batch_size=4, what=candidate.name, alone=True)["loss"]
     folder = context.run_dir / "pruned"
     folder.mkdir(exist_ok=True)
-    write_text(folder / ZERO_SHOT, json.dumps({"candidates": fingerprint_folder(context.run_dir / "candidates"), "losses": losses}, indent=1))
+    write_text(folder / ZERO_SHOT, json.dumps({"inputs": context.zero_shot_inputs(), "losses": losses}, indent=1))
