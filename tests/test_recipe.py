@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_models import tiny_llama
-from helpers_text import write_jsonl
+from helpers_text import tiny_tokenizer, write_jsonl
 from safetensors.torch import load_file
 
 from minitron.cli import main
@@ -324,3 +324,19 @@ def test_a_stage_starts_from_folders_made_elsewhere(finished: Path, place: Path,
     assert set(read_json(tmp_path / "run" / "evaluation" / "metrics.json")) == {"teacher", "pruned", "student"}
     alone = [row["loss"] for row in read_metrics(tmp_path / "run" / "student" / "metrics.jsonl") if "loss" in row]
     assert alone[0] == next(row["loss"] for row in read_metrics(finished / "student" / "metrics.jsonl") if "loss" in row)
+
+
+def test_a_student_with_another_tokenizer_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = shutil.copytree(place / "teacher", tmp_path / "other")
+    tiny_tokenizer(280).save_pretrained(other)
+    assert main(["distill", *options(place, tmp_path / "run", f"student.path={other}")]) == 2
+    message = capsys.readouterr().err
+    assert "different tokenizers" in message and str(other) in message and "Traceback" not in message
+
+
+def test_head_padding_below_the_tokens_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A head with fewer rows than the tokenizer has ids cannot be its student."""
+    short = tiny_llama(tmp_path / "short", layers=2, vocab=200)
+    tiny_tokenizer(300).save_pretrained(short)
+    assert main(["distill", *options(place, tmp_path / "run", f"student.path={short}")]) == 2
+    assert "200 rows" in capsys.readouterr().err

@@ -41,7 +41,11 @@ def inputs(context: StageContext) -> dict[str, Any]:
 
 def effective(context: StageContext) -> dict[str, Any]:
     """The training settings that ranking really uses: a longer distillation does not undo a ranking."""
-    return {"training": relevant(context.sections.ranking.training(context.sections.training))}
+    ranking = context.sections.ranking
+    return {
+        "training": relevant(ranking.training(context.sections.training)),
+        "ranking": {"num_validation_sequences": ranking.num_validation_sequences},
+    }
 
 
 def run(context: StageContext, out: Path) -> dict[str, Any]:
