@@ -17,12 +17,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from minitron import host
 
-from minitron.distill.losses import LossConfig, build_losses
-from minitron.ops.kd_loss import fused_linear_losses
+host.prepare()  # the settings under which minitron itself runs, and before torch is loaded
+
+import torch  # noqa: E402
+
+from minitron.distill.losses import LossConfig, build_losses  # noqa: E402
+from minitron.ops.kd_loss import fused_linear_losses  # noqa: E402
 
 GPU = torch.cuda.is_available()
+if not GPU:
+    host.keep_freed_memory()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
 

@@ -100,7 +100,7 @@ def estimate(config: Config, *, device_name: str | None = None, num_devices: int
         micro_batch_tokens=training.micro_batch(length) * length,
         bf16=bf16,
         checkpointing=engine.activation_checkpointing,
-        chunk_rows=1024 if device_name or torch.cuda.is_available() else 256,
+        chunk_rows=1024 if device_name or torch.cuda.is_available() else 512,
     )
     return result
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from minitron import dist
 from minitron.engine.offload import offload_blocks
-from minitron.engine.optimizer import OptimizerConfig, build_adamw, set_learning_rate
+from minitron.engine.optimizer import OptimizerConfig, build_adamw, clipped_step
 from minitron.engine.state import full_tensors, pack, unpack
 
 if TYPE_CHECKING:
@@ -65,12 +65,7 @@ class FsdpEngine:
 
     def step(self, learning_rate: float) -> torch.Tensor:
         """Clip by the global norm, update, clear."""
-        parameters = [p for p in self._root.parameters() if p.grad is not None]
-        limit = self._optimizer_config.gradient_clipping
-        norm = nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf"))
-        set_learning_rate(self._optimizer, learning_rate)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        norm = clipped_step(self._optimizer, learning_rate=learning_rate, limit=self._optimizer_config.gradient_clipping)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def state_dict(self) -> dict[str, torch.Tensor]:

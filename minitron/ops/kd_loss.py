@@ -28,8 +28,9 @@ class WeightedRowLoss:
 
 
 def default_chunk_size(device: torch.device) -> int:
-    """Rows per chunk: large enough on a GPU that the head's gradient is not bound by memory traffic, small on a CPU to stay in cache."""
-    return 1024 if device.type == "cuda" else 256
+    """Rows per chunk: enough on a GPU that the head's gradient is not bound by memory traffic; on two CPU cores 512 rows cost no more
+    time than all rows at once (256: a tenth more), and a tenth of a gigabyte a tensor."""
+    return 1024 if device.type == "cuda" else 512
 
 
 def float32_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -89,11 +90,12 @@ class _ChunkedLoss(torch.autograd.Function):
                     value, gradient = loss.function(logits, t_logits, labels[rows], temperature=temperature, gradient=needs_gradient)
                     values[index] += torch.where(valid, value, 0.0).sum() / denominator
                     if gradient is not None:
-                        gradient *= loss.weight
+                        if loss.weight != 1.0:
+                            gradient *= loss.weight
                         total_gradient = gradient if total_gradient is None else total_gradient.add_(gradient)
                 if total_gradient is not None and hidden_gradient is not None and weight_gradient is not None:
-                    # where, not times: a masked row may hold inf or nan, and 0 * nan is nan
-                    total_gradient = torch.where(valid[:, None], total_gradient.mul_(scale[:, None]), 0.0)
+                    # filled, not multiplied by zero: a masked row may hold inf or nan, and 0 * nan is nan
+                    total_gradient = total_gradient.mul_(scale[:, None]).masked_fill_(~valid[:, None], 0.0)
                     hidden_gradient[rows] = (total_gradient.to(compute_dtype) @ student_weight.to(compute_dtype)).to(student_hidden.dtype)
                     _accumulate_head_gradient(weight_gradient, total_gradient, torch.where(valid[:, None], hidden[rows], 0.0))
         if hidden_gradient is not None and weight_gradient is not None:

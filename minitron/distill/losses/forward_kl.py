@@ -13,19 +13,22 @@ def forward_kl(
     The gradient with respect to the student's logits is τ · (Q − P). Teacher entropy is included, so equal logits give 0.
 
     Args:
-        student_logits, teacher_logits: [rows, vocab] float32.
+        student_logits, teacher_logits: [rows, vocab] float32, finite.
         labels: [rows], not used.
 
     Returns:
         Values [rows] and, if asked for, gradients [rows, vocab].
     """
     assert teacher_logits is not None
-    log_p = torch.log_softmax(teacher_logits / temperature, dim=-1)
-    log_q = torch.log_softmax(student_logits / temperature, dim=-1)
+    softened = temperature != 1.0  # every pass over [rows, vocab] counts: the division is left out where it does nothing
+    log_p = torch.log_softmax(teacher_logits / temperature if softened else teacher_logits, dim=-1)
+    log_q = torch.log_softmax(student_logits / temperature if softened else student_logits, dim=-1)
     p = log_p.exp()
-    # where P is 0 its term is 0, whatever log P (−inf) says
-    value = (temperature**2 * torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=-1)).clamp_min(0.0)
-    return value, log_q.exp_().sub_(p).mul_(temperature) if gradient else None
+    value = (temperature**2 * log_p.sub_(log_q).mul_(p).sum(dim=-1)).clamp_min(0.0)  # log_p − log_q first: small divergences do not cancel
+    if not gradient:
+        return value, None
+    slope = log_q.exp_().sub_(p)
+    return value, slope.mul_(temperature) if softened else slope
 
 
 forward_kl.needs_teacher = True  # type: ignore[attr-defined]
