@@ -16,7 +16,7 @@ from typing import Any
 from minitron import __version__, dist
 from minitron.checkpoint import StopSignal
 from minitron.config import Config
-from minitron.core.manifest import Manifest, fingerprint_folder, plain, publish, set_aside, write_text
+from minitron.core.manifest import CHECKPOINTS, Manifest, fingerprint_folder, plain, publish, set_aside, write_text
 from minitron.core.protocols import StageModule
 from minitron.errors import CheckpointError, ConfigError, Interrupted, LaunchError, MinitronError
 from minitron.log import duration, get_logger
@@ -26,7 +26,7 @@ from minitron.stages.context import StageContext
 logger = get_logger(__name__)
 
 RUN_FILE = "run.json"
-_BEGUN = "begun.json"
+_BEGUN = ".begun.json"
 
 
 def run_stages(config: Config, stages: list[str], *, command: str, experiment: str | None = None) -> None:
@@ -127,8 +127,6 @@ def _run_stage(config: Config, name: str, module: StageModule, context: StageCon
     except OSError as error:
         raise LaunchError(f"{name} cannot write to {partial}: {error.strerror or error}") from error
     if dist.is_main():
-        shutil.rmtree(partial / "checkpoints", ignore_errors=True)
-        (partial / _BEGUN).unlink(missing_ok=True)
         manifest = Manifest(
             stage=name,
             settings=plain(settings),
@@ -143,6 +141,9 @@ def _run_stage(config: Config, name: str, module: StageModule, context: StageCon
         )
         manifest.write(partial)
         publish(partial, final)
+        # Only now: killed a moment earlier, the stage would have to start over.
+        shutil.rmtree(final / CHECKPOINTS, ignore_errors=True)
+        (final / _BEGUN).unlink(missing_ok=True)
         logger.info("  done in %s → %s", duration(manifest.wall_seconds), final)
     dist.barrier()
 

@@ -14,6 +14,8 @@ from typing import Any
 from minitron.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+#: Training state of a stage at work; not part of what it makes.
+CHECKPOINTS = "checkpoints"
 _HASHES = ".fingerprints.json"
 
 
@@ -91,7 +93,7 @@ def _digest(path: Path) -> str:
 
 
 def fingerprint_folder(folder: Path) -> str:
-    """A hash of the names and contents of a folder's files, manifests and hidden files left out.
+    """A hash of the names and contents of a folder's files; manifests, checkpoints and hidden files are left out.
 
     Large files are hashed once: the hash is kept beside them, keyed by size and modification time.
     """
@@ -105,7 +107,8 @@ def fingerprint_folder(folder: Path) -> str:
     total, fresh = hashlib.sha256(), {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
-        if path.name == MANIFEST or any(part.startswith(".") for part in path.relative_to(folder).parts):
+        parts = path.relative_to(folder).parts
+        if path.name == MANIFEST or parts[0] == CHECKPOINTS or any(part.startswith(".") for part in parts):
             continue
         stat = path.stat()
         entry = known.get(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,6 @@ def train_folder(
         config.dtype = "float32"
         config.save_pretrained(out)
         copy_companions(source, out)
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
     else:
         for _ in weights:  # gathering a sharded weight takes every rank
             pass
