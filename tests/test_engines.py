@@ -111,6 +111,18 @@ def test_bf16_stays_near_float32(
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in result["weights"].values())
 
 
+@pytest.fixture(scope="module")
+def bf16_reference(folder: Path) -> dict[str, Any]:
+    """The curve of ``local`` in bf16."""
+    return run_ranks(scenario, 1, Case(folder, precision="bf16"))[0]
+
+
+@pytest.mark.parametrize(("engine", "stage"), [("fsdp", 0), ("deepspeed", 2), ("deepspeed", 3)])
+def test_engines_agree_in_bf16(folder: Path, bf16_reference: dict[str, Any], engine: str, stage: int) -> None:
+    result = run_ranks(scenario, 2, Case(folder, engine=engine, zero_stage=stage, precision="bf16"))[0]
+    assert difference(result, bf16_reference, "loss", "forward_kl", "cross_entropy") < 5e-3
+
+
 RESUME = [
     ("local", 0, 1, "float32"),
     ("fsdp", 0, 2, "float32"),
