@@ -12,6 +12,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -142,7 +143,12 @@ def main() -> None:
     machine = (torch.cuda.get_device_name() if GPU else f"cpu-{platform.machine()}").replace(" ", "-").lower()
     folder = arguments.out / machine
     folder.mkdir(parents=True, exist_ok=True)
-    document = {"torch": torch.__version__, "threads": torch.get_num_threads(), "command": "python benchmarks/kd_loss.py", "results": results}
+    document = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "command": " ".join(["python benchmarks/kd_loss.py", *sys.argv[1:]]),
+        "results": results,
+    }
     (folder / "kd_loss.json").write_text(json.dumps(document, indent=1) + "\n")
 
 

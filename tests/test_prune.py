@@ -249,7 +249,7 @@ def test_scores_file_round_trip_and_damage(tmp_path: Path) -> None:
     scores.save(tmp_path / "scores.safetensors")
     again = ImportanceScores.load(tmp_path / "scores.safetensors")
     assert again.metadata == scores.metadata and torch.equal(again.of("ffn", 0), scores.tensors["ffn.0"])
-    assert again.has("hidden") and not again.has("head", 0)
+    assert "hidden" in again.tensors and "head.0" not in again.tensors
     data = (tmp_path / "scores.safetensors").read_bytes()
     (tmp_path / "scores.safetensors").write_bytes(data[:-3])
     with pytest.raises(CheckpointError, match="is not a scores file"):

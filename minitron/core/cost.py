@@ -1,4 +1,4 @@
-"""What things cost: FLOPs, bytes and hours. Pure functions and a small table of devices."""
+"""What things cost: FLOPs and bytes. Pure functions and a small table of devices."""
 
 from __future__ import annotations
 
@@ -86,8 +86,3 @@ def training_bytes(
     if teacher is not None:
         parts["teacher"] = width * teacher.num_parameters / (world_size if sharded_teacher else 1)
     return parts
-
-
-def hours(flops: float, *, rate: float, efficiency: float, num_devices: int = 1) -> float:
-    """Hours of ``flops`` on devices of a peak rate [FLOP/s] at an efficiency (MFU)."""
-    return flops / (rate * efficiency * num_devices) / 3600.0

@@ -30,10 +30,6 @@ class ImportanceScores:
         """Scores on one axis; layer axes need the layer's index."""
         return self.tensors[f"{axis}.{layer}" if axis in LAYER_AXES else axis]
 
-    def has(self, axis: str, layer: int = 0) -> bool:
-        """Whether an axis was scored."""
-        return (f"{axis}.{layer}" if axis in LAYER_AXES else axis) in self.tensors
-
     def save(self, path: Path) -> None:
         """Write a safetensors file; metadata values are stored as JSON strings."""
         header = {key: json.dumps(value) for key, value in self.metadata.items()}
