@@ -25,6 +25,7 @@ host.prepare()  # the settings under which minitron itself runs, and before torc
 import torch  # noqa: E402
 
 from minitron.distill.losses import LossConfig, build_losses  # noqa: E402
+from minitron.ops.head import Head  # noqa: E402
 from minitron.ops.kd_loss import fused_linear_losses  # noqa: E402
 
 GPU = torch.cuda.is_available()
@@ -59,12 +60,12 @@ class Case:
         denominator = torch.tensor(float(len(self.labels)), device=DEVICE)
         total, _ = fused_linear_losses(
             self.student,
-            self.weight,
+            Head(self.weight),
             self.labels,
             LOSSES,
             denominator=denominator,
             teacher_hidden=self.teacher,
-            teacher_weight=self.teacher_weight,
+            teacher_head=Head(self.teacher_weight),
             compute_dtype=self.dtype,
         )
         total.backward()

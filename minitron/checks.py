@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from minitron import dist
 from minitron.config import Config
+from minitron.data.batches import check_share
 from minitron.data.config import source_configs
-from minitron.distill.losses import build_losses
-from minitron.engine import check_engine, resolve_dtype
+from minitron.distill.losses import build_losses, state_terms
+from minitron.distill.settings import TrainingConfig, later_blends
+from minitron.distill.states import check_states, state_taps
+from minitron.engine import check_engine, check_optimizer, resolve_dtype
 from minitron.errors import ConfigError, nearest
 from minitron.estimate import student_shape
 from minitron.importance import build_observers
-from minitron.models import config_of, discover, resolve_teacher
+from minitron.models import config_of, discover, further_teachers, resolve_teacher
 from minitron.models.family import resized_config
-from minitron.models.load import PLACEMENTS
+from minitron.models.load import PLACEMENTS, check_further_teachers
 from minitron.stages import load_stage
 
 
@@ -31,33 +37,107 @@ def check_config(config: Config, stages: list[str]) -> None:
         sections["depth"].check()
     if "loss" in used:
         build_losses(sections["loss"])
+        _check_state_source(config)
     if "engine" in used:
         check_engine(sections["engine"])
         resolve_dtype_name(sections["training"].precision, "training.precision")
     if "teacher" in used:
         _check_teacher(config)
+    for settings in _trainings(config, stages):
+        _check_training(settings, config)
     if "distill" in stages:
-        sections["training"].check()
-    if "correct" in stages:
-        sections["correct"].training(sections["training"]).check()
-    if "rank" in stages:
-        sections["ranking"].training(sections["training"]).check()
+        _check_on_policy(config)
+
+
+def _trainings(config: Config, stages: list[str]) -> list[TrainingConfig]:
+    """The settings that the training stages really use."""
+    sections = config.sections
+    training = sections["training"]
+    made = {
+        "distill": lambda: training,
+        "correct": lambda: sections["correct"].training(training),
+        "rank": lambda: sections["ranking"].training(training),
+    }
+    return [make() for name, make in made.items() if name in stages]
+
+
+def _check_training(settings: TrainingConfig, config: Config) -> None:
+    """Budget, phases and their text, batches that the ranks can share, and an optimiser that the engine can feed."""
+    engine, data = config.sections["engine"], config.sections["data"]
+    settings.check()
+    check_optimizer(settings.optimizer, engine=engine.name, zero_stage=engine.zero_stage)
+    later_blends(settings, data)
+    for number, phase in enumerate(settings.phase_table(data.sequence_length)):
+        where = f"training.phases[{number - 1}]" if number else "training"
+        check_share(phase.batch_size, world_size=dist.world_size(), where=where)
+
+
+def _check_on_policy(config: Config) -> None:
+    sections = config.sections
+    teacher, phases = sections["teacher"], sections["training"].phase_table(sections["data"].sequence_length)
+    sections["on_policy"].check(
+        loss=sections["loss"],
+        sequence_length=min(phase.sequence_length for phase in phases),
+        placement=teacher.placement,
+        num_teachers=1 + len(check_further_teachers(teacher)),
+    )
 
 
 def check_target(config: Config, stages: list[str]) -> None:
-    """Refuse a target that no shape of the teacher meets, before anything is scored. Every rank calls this: the teacher may have to be fetched.
+    """Refuse a target that no shape of the teacher meets, and sequences that are longer than a model's positions, before anything is loaded.
+
+    Every rank calls this: a teacher may have to be fetched.
 
     Raises:
         MinitronError: the teacher or the target cannot be used.
     """
-    if "search" not in stages:
+    _check_positions(config, stages)
+    states = bool({"rank", "distill"} & set(stages)) and bool(state_terms(config.sections["loss"]))
+    if "search" not in stages and not states:
         return
     teacher = config.sections["teacher"]
     document = config_of(resolve_teacher(teacher), teacher)
     family = discover(document)
-    shape, _ = student_shape(config, family.architecture)
-    if config.sections["target"].name == "explicit":
-        resized_config(document, family, shape)
+    if states:
+        state_taps(config.sections["loss"], "teacher", family.architecture.num_layers)
+        given = config.sections["student"].path
+        if "distill" in stages and given:
+            check_states(config.sections["loss"], family.architecture, discover(config_of(Path(given).expanduser())).architecture)
+    if "search" in stages:
+        shape, _ = student_shape(config, family.architecture)
+        if config.sections["target"].name == "explicit":
+            resized_config(document, family, shape)
+            if states:
+                check_states(config.sections["loss"], family.architecture, shape)
+
+
+def _check_state_source(config: Config) -> None:
+    """Refuse losses on intermediate states where the teacher's signal holds none."""
+    names = list(state_terms(config.sections["loss"]))
+    if names and config.sections["teacher"].placement == "cached":
+        raise ConfigError(
+            f"loss '{names[0]}' needs intermediate states of the teacher, and teacher.placement=cached stores none: use replicate, shard or offload"
+        )
+
+
+def _check_positions(config: Config, stages: list[str]) -> None:
+    sections = config.sections
+    if not {"importance", "rank", "correct", "distill", "evaluate"} & set(stages):
+        return
+    teacher, student = sections["teacher"], sections["student"].path
+    documents = {teacher.path: config_of(resolve_teacher(teacher), teacher)}
+    documents |= {str(folder): config_of(folder, teacher) for folder, _ in further_teachers(teacher)}
+    if "distill" in stages and student and (Path(student).expanduser() / "config.json").is_file():
+        documents[student] = config_of(Path(student).expanduser(), teacher)
+    lengths = {"data.sequence_length": sections["data"].sequence_length}
+    if "distill" in stages:
+        for number, entry in enumerate(sections["training"].phases or ()):
+            lengths[f"training.phases[{number}].sequence_length"] = entry.get("sequence_length", 0)
+    for name, document in documents.items():
+        limit = getattr(document, "max_position_embeddings", None)
+        for key, length in lengths.items():
+            if limit is not None and length > limit:
+                raise ConfigError(f"{key}={length} is longer than the {limit} positions of {name} (max_position_embeddings): give at most {limit}")
 
 
 def resolve_dtype_name(name: str, key: str) -> None:
@@ -73,6 +153,7 @@ def _check_teacher(config: Config) -> None:
     if not teacher.path and not teacher.config:
         raise ConfigError("there is no teacher: give teacher.path=FOLDER_OR_HUB_ID")
     resolve_dtype_name(teacher.dtype, "teacher.dtype")
+    check_further_teachers(teacher)
     if teacher.placement not in PLACEMENTS:
         raise ConfigError(f"teacher.placement={teacher.placement} is unknown; {nearest(teacher.placement, PLACEMENTS)}")
     if teacher.placement == "cached":

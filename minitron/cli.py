@@ -214,8 +214,6 @@ def _overview() -> str:
 
 def _stage_help(command: str, overrides: list[str]) -> str:
     """A command's options with their defaults (those of the groups and the experiment that are given)."""
-    import dataclasses
-
     from minitron.config import SECTIONS, TOP, build_config
     from minitron.stages import STAGES, load_stage
 
@@ -231,11 +229,22 @@ def _stage_help(command: str, overrides: list[str]) -> str:
             rows.append(("tracking", ",".join(config.tracking), "jsonl, console, wandb, or a list such as tracking=[jsonl,wandb]"))
             continue
         section = config.recipe if name == "recipe" else config.sections[name]
-        rows += [(f"{name}.{f.name}", getattr(section, f.name), f.metadata.get("help", "")) for f in dataclasses.fields(section)]
+        rows += _option_rows(name, section)
     for key, value, help in rows:
         shown = "null" if value is None else str(value)
         lines.append(f"  {key:<36}{shown if len(shown) <= 24 else shown[:21] + '...':<26}{help}")
     return "\n".join(lines)
+
+
+def _option_rows(prefix: str, section: Any) -> list[tuple[str, Any, str]]:
+    """Name, value and help of a section's options, those of sections inside it too."""
+    import dataclasses
+
+    rows: list[tuple[str, Any, str]] = []
+    for f in dataclasses.fields(section):
+        name, value = f"{prefix}.{f.name}", getattr(section, f.name)
+        rows += _option_rows(name, value) if dataclasses.is_dataclass(value) else [(name, value, f.metadata.get("help", ""))]
+    return rows
 
 
 def _say(text: str) -> None:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from minitron.core.options import relevant
 from minitron.data.config import DataConfig
 from minitron.distill.losses import LossConfig
+from minitron.distill.on_policy import OnPolicyConfig
 from minitron.distill.settings import CorrectConfig, TrainingConfig
 from minitron.engine import EngineConfig
 from minitron.errors import ConfigError, nearest
@@ -50,6 +51,7 @@ SECTIONS: dict[str, type] = {
     "correct": CorrectConfig,
     "training": TrainingConfig,
     "loss": LossConfig,
+    "on_policy": OnPolicyConfig,
     "engine": EngineConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
@@ -97,8 +99,19 @@ def known_keys() -> dict[str, Any]:
     """Every option's dotted name → its type."""
     keys = {name: kind for name, (kind, _, _) in TOP.items()}
     for section, cls in SECTIONS.items():
-        hints = typing.get_type_hints(cls)
-        keys.update({f"{section}.{f.name}": hints[f.name] for f in dataclasses.fields(cls)})
+        keys.update(_keys(section, cls))
+    return keys
+
+
+def _keys(prefix: str, cls: type) -> dict[str, Any]:
+    """The dotted names of a section's options; a section inside a section is opened and also stands for itself."""
+    keys: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        name, kind = f"{prefix}.{f.name}", hints[f.name]
+        keys[name] = kind
+        if dataclasses.is_dataclass(kind):
+            keys.update(_keys(name, typing.cast(type, kind)))
     return keys
 
 
@@ -130,6 +143,8 @@ def _section(name: str, cls: type, values: dict[str, Any]) -> Any:
 
 def _value(key: str, value: Any, kind: Any) -> Any:
     """A value as its declared type; integers pass as floats, whole floats as integers."""
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _section(key, typing.cast(type, kind), value)
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     for option in options:
         if option is type(None) and value is None:

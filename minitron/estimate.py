@@ -88,8 +88,11 @@ def estimate(config: Config, *, device_name: str | None = None, num_devices: int
         tokens, flops = _stage_cost(stage, config, teacher, student, num_candidates)
         result.tokens[stage], result.flops[stage] = tokens, flops
         result.seconds[stage] = flops / (rate * efficiency * world) + _OVERHEAD.get(stage, 1.0)
+    micro_batch_tokens = training.micro_batch(length) * length
     if training.num_steps or training.num_tokens:
         result.num_steps = training.steps(length)
+        shapes = [phase.sequence_length for phase in training.phase_table(length)]
+        micro_batch_tokens = max(training.micro_batch(other, first_length=length) * other for other in shapes)
     engine = config.sections["engine"]
     result.memory = training_bytes(
         student,
@@ -97,7 +100,7 @@ def estimate(config: Config, *, device_name: str | None = None, num_devices: int
         world_size=world,
         sharded_student=engine.name == "fsdp" or (engine.name == "deepspeed" and engine.zero_stage == 3),
         sharded_teacher=config.sections["teacher"].placement == "shard",
-        micro_batch_tokens=training.micro_batch(length) * length,
+        micro_batch_tokens=micro_batch_tokens,
         bf16=bf16,
         checkpointing=engine.activation_checkpointing,
         chunk_rows=1024 if device_name or torch.cuda.is_available() else 512,
@@ -114,17 +117,20 @@ def _stage_cost(stage: str, config: Config, teacher: Architecture, student: Arch
         return tokens, scoring_flops(teacher, num_tokens=tokens, sequence_length=length)
     if stage == "correct":
         settings = sections["correct"].training(training)
-        tokens = float(settings.steps(length) * settings.batch_size * length) if settings.num_steps or settings.num_tokens else 0.0
+        tokens = float(settings.tokens(length)) if settings.num_steps or settings.num_tokens else 0.0
         return tokens, training_flops(teacher, None, num_tokens=tokens, sequence_length=length)
     if stage == "distill" and (training.num_steps or training.num_tokens):
-        tokens = float(training.steps(length) * training.batch_size * length)
-        validation = training.num_validation_sequences * length * (2 + training.steps(length) // max(training.evaluate_every, 10**9))
-        return tokens, _with_validation(student, teacher, tokens, validation, length)
+        points = 2 + (training.steps(length) - 1) // training.evaluate_every if training.evaluate_every > 0 else 2
+        flops = points * training.num_validation_sequences * length * _forward(student, teacher, length)
+        for phase in training.phase_table(length):
+            flops += training_flops(student, teacher, num_tokens=phase.num_tokens, sequence_length=phase.sequence_length)
+        return float(training.tokens(length)), flops
     if stage == "rank" and num_candidates > 1:
         settings = sections["ranking"].training(training)
-        tokens = float(settings.steps(length) * settings.batch_size * length)
+        tokens = float(settings.tokens(length))
         points = 1 + -(-settings.steps(length) // max(settings.evaluate_every, 1))
-        each = _with_validation(student, None, tokens, points * settings.num_validation_sequences * length, length)
+        each = training_flops(student, None, num_tokens=tokens, sequence_length=length)
+        each += points * settings.num_validation_sequences * length * _forward(student, None, length)
         shared = tokens + settings.num_validation_sequences * length  # candidates share one teacher forward per batch
         return tokens * num_candidates, num_candidates * each + shared * teacher.flops_per_token(length)
     if stage == "evaluate":
@@ -133,9 +139,9 @@ def _stage_cost(stage: str, config: Config, teacher: Architecture, student: Arch
     return 0.0, 0.0
 
 
-def _with_validation(student: Architecture, teacher: Architecture | None, tokens: float, validation: float, length: int) -> float:
-    forward = student.flops_per_token(length) + (teacher.flops_per_token(length) if teacher else 0.0)
-    return training_flops(student, teacher, num_tokens=tokens, sequence_length=length) + validation * forward
+def _forward(student: Architecture, teacher: Architecture | None, length: int) -> float:
+    """FLOPs per token of a validation."""
+    return student.flops_per_token(length) + (teacher.flops_per_token(length) if teacher else 0.0)
 
 
 def measured_rate(dtype: torch.dtype) -> float:

@@ -38,6 +38,7 @@ class Case:
     clipping: float = 0.1
     epsilon: float = 1e-8
     rate: float = 3e-3
+    optimizer: str = "adamw"
 
 
 class FixedBatches:
@@ -71,7 +72,7 @@ def start(case: Case) -> tuple[Engine, TeacherStudent]:
     kind = "tied" if case.tied else "untied"
     student, teacher = (tiny_model(case.folder / f"{role}-{kind}") for role in ("student", "teacher"))
     config = EngineConfig(name=case.engine, zero_stage=case.zero_stage)
-    optimizer = OptimizerConfig(weight_decay=0.1, gradient_clipping=case.clipping, epsilon=case.epsilon)
+    optimizer = OptimizerConfig(name=case.optimizer, weight_decay=0.1, gradient_clipping=case.clipping, epsilon=case.epsilon)
     engine = build_engine(config, optimizer=optimizer, precision=case.precision)
     losses = LossConfig(terms={"forward_kl": 1.0, "cross_entropy": 0.3}, temperature=2.0)
     root = StudentLosses(student.train(), losses, compute_dtype=engine.compute_dtype)
@@ -102,7 +103,7 @@ def scenario(case: Case) -> dict[str, Any]:
     progress = Progress()
     if case.stop_at is not None:
         leg(engine, pair, progress, case.stop_at)
-        checkpointer = Checkpointer(case.folder / "checkpoints" / f"{case.engine}-{case.zero_stage}-{case.precision}")
+        checkpointer = Checkpointer(case.folder / "checkpoints" / f"{case.engine}-{case.zero_stage}-{case.precision}-{case.optimizer}")
         checkpointer.save(progress.step, engine.state_dict(), {})
         engine, pair = start(case)
         found = checkpointer.load_latest()

@@ -62,3 +62,76 @@ def tiny_model(path: Path) -> Any:
     found = model.load_state_dict(load_file(str(path / "model.safetensors")), strict=False)
     assert not found.unexpected_keys and found.missing_keys == (["lm_head.weight"] if config.tie_word_embeddings else [])
     return model
+
+
+def hf_config(
+    model_type: str,
+    *,
+    layers: int = 3,
+    hidden: int = 96,
+    ffn: int = 160,
+    heads: int = 8,
+    kv_heads: int | None = 4,
+    head_dim: int | None = 16,
+    vocab: int = 128,
+    tied: bool | None = False,
+    **more: Any,
+) -> Any:
+    """A Hugging Face config with these sizes; None leaves a field to the family."""
+    from transformers import AutoConfig
+
+    sizes = {"num_key_value_heads": kv_heads, "head_dim": head_dim, "tie_word_embeddings": tied}
+    return AutoConfig.for_model(
+        model_type,
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_attention_heads=heads,
+        vocab_size=vocab,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        **{key: value for key, value in sizes.items() if value is not None},
+        **more,
+    )
+
+
+_SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+_DENSE_FIRST = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "layer_types": [*_SLIDING]}
+_HYBRID = ["linear_attention", "moe", "full_attention", "mlp", "full_attention"]
+#: An eps so large that forgetting to rescale it would show; or so small that what one eps for all norms cannot express does not.
+_LARGE, _SMALL = 0.05, 1e-9
+
+#: Every family that is proved: its own options on a tiny config. ``layers``, ``head_dim``… are those of :func:`hf_config`.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"rms_norm_eps": _LARGE, "attention_bias": True, "mlp_bias": True},
+    "mistral": {"rms_norm_eps": _LARGE, "sliding_window": 5},
+    "qwen2": {"rms_norm_eps": _LARGE, **_WINDOW},
+    "qwen3": {"rms_norm_eps": _SMALL, "attention_bias": True, **_WINDOW},
+    "gemma": {"rms_norm_eps": _LARGE},
+    "gemma2": {"rms_norm_eps": _LARGE, "sliding_window": 5, "layer_types": _SLIDING, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0},
+    "gemma3_text": {"rms_norm_eps": _SMALL, "sliding_window": 5, "layer_types": _SLIDING},
+    "phi3": {"rms_norm_eps": _LARGE, "sliding_window": 5},
+    "nemotron": {"norm_eps": _LARGE, "attention_bias": True, "mlp_bias": True},
+    "granite": {"rms_norm_eps": _LARGE, "attention_bias": True, "mlp_bias": True, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+    "olmo2": {"rms_norm_eps": _SMALL, "attention_bias": True},
+    "smollm3": {"rms_norm_eps": _LARGE, "attention_bias": True, "no_rope_layers": [1, 0, 1], **_WINDOW},
+    "starcoder2": {"norm_epsilon": _LARGE, "sliding_window": 5},
+    "cohere2": {"layer_norm_eps": _LARGE, "attention_bias": True, "sliding_window": 5, "layer_types": _SLIDING},
+    "glm4": {"rms_norm_eps": _LARGE},
+    "stablelm": {"layer_norm_eps": _LARGE, "use_qkv_bias": True, "head_dim": None, "hidden": 128, "use_parallel_residual": True},
+    "gpt_neox": {"layer_norm_eps": _LARGE, "kv_heads": None, "head_dim": None, "hidden": 128},
+    "mixtral": {"rms_norm_eps": _LARGE, "sliding_window": 5, **_EXPERTS},
+    "qwen3_moe": {"rms_norm_eps": _SMALL, "layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3], "moe_intermediate_size": 48, **_EXPERTS},
+    "qwen2_moe": {"rms_norm_eps": _LARGE, "mlp_only_layers": [1], "moe_intermediate_size": 48, "shared_expert_intermediate_size": 56,
+                  "num_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"rms_norm_eps": _LARGE, "head_dim": None, "hidden": 128, "num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"rms_norm_eps": _LARGE, "sliding_window": 5, "layer_types": _SLIDING, **_EXPERTS},
+    "nemotron_h": {"layer_norm_epsilon": _SMALL, "layers": 5, "layers_block_type": _HYBRID, "ssm_state_size": 16, "mamba_num_heads": 4,
+                   "mamba_head_dim": 8, "n_groups": 2, "chunk_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+                   "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 56},
+    "falcon_h1": {"rms_norm_eps": _LARGE, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_chunk_size": 16,
+                  "attention_bias": True, "mlp_bias": True},
+}

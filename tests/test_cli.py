@@ -112,7 +112,7 @@ def test_what_is_unknown_or_of_a_wrong_type(refused: Refused, words: list[str], 
     [
         ("training.num_steps=0", "training.num_steps=0 must be positive"),
         ("training.num_steps=null", "give training.num_steps or training.num_tokens"),
-        ("training.schedule=cosin", "training.schedule=cosin is not one of cosine"),
+        ("training.schedule=cosin", "training.schedule=cosin is unknown; did you mean 'cosine'?"),
         ("training.precision=fp8", "training.precision=fp8 is not one of auto, float32, bf16"),
         ("teacher.dtype=int8", "teacher.dtype=int8"),
         ("teacher.placement=replicated", "teacher.placement=replicated is unknown; did you mean 'replicate'?"),

@@ -4,47 +4,50 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers_losses import CASES, case_id, reference, whole_logits
 
-from minitron.distill.losses import LOSSES, LossConfig, build_losses
+from minitron.distill.losses import LossConfig, build_losses
+from minitron.ops.head import Head, LogitTransform
 from minitron.ops.kd_loss import IGNORE_INDEX, fused_linear_losses
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(scale=0.5, cap=4.0)], ids=["plain", "capped"])
+@pytest.mark.parametrize("case", CASES, ids=case_id)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
-def test_chunked_loss_on_the_gpu_equals_float64(name: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_chunked_loss_on_the_gpu_equals_float64(case: LossConfig, transform: LogitTransform, dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(300, 64), torch.randn(1001, 64) / 4
     teacher_hidden, teacher_weight = torch.randn(300, 96), torch.randn(1001, 96) / 4
+    bias = torch.randn(1001) / 4
     labels = torch.randint(0, 1001, (300,))
     labels[::7] = IGNORE_INDEX
 
     def run(device: str, number: torch.dtype, compute: torch.dtype) -> tuple[torch.Tensor, ...]:
         h = hidden.to(dtype).to(device, number).requires_grad_()
         w = weight.to(dtype).to(device, number).requires_grad_()
+        b = bias.to(dtype).to(device, number).requires_grad_()
         t, tw = teacher_hidden.to(dtype).to(device, number), teacher_weight.to(dtype).to(device, number)
         if number == torch.float64:
-            log_p, log_q = (t @ tw.T).log_softmax(-1), (h @ w.T).log_softmax(-1)
-            rows = (log_p.exp() * (log_p - log_q)).sum(-1) if name == "forward_kl" else -log_q.gather(1, labels.clamp_min(0)[:, None])[:, 0]
+            rows = reference(case, whole_logits(h, Head(w, b, transform)), whole_logits(t, Head(tw)), labels)
             total = (rows * (labels != IGNORE_INDEX)).sum() / 250
         else:
-            losses = build_losses(LossConfig(name=name))
             total, _ = fused_linear_losses(
                 h,
-                w,
+                Head(w, b, transform),
                 labels.to(device),
-                losses,
+                build_losses(case),
                 denominator=torch.tensor(250.0, device=device),
                 teacher_hidden=t,
-                teacher_weight=tw,
+                teacher_head=Head(tw),
                 compute_dtype=compute,
                 chunk_size=128,
             )
         total.backward()
-        assert h.grad is not None and w.grad is not None
-        return total.detach().double().cpu(), h.grad.double().cpu(), w.grad.double().cpu()
+        assert h.grad is not None and w.grad is not None and b.grad is not None
+        return tuple(x.double().cpu() for x in (total.detach(), h.grad, w.grad, b.grad))
 
     expected = run("cpu", torch.float64, torch.float64)
-    for ours, reference in zip(run("cuda", dtype, dtype), expected, strict=True):
-        assert float((ours - reference).norm() / reference.norm()) < tolerance
+    for ours, exact in zip(run("cuda", dtype, dtype), expected, strict=True):
+        assert float((ours - exact).norm() / exact.norm()) < tolerance

@@ -15,8 +15,10 @@ from minitron.checkpoint import Checkpointer
 from minitron.core.plan import top
 from minitron.errors import ConfigError, DataError, Interrupted
 from minitron.importance import DEPTH_METRICS, METRICS, DepthConfig, ImportanceConfig, build_observers
+from minitron.importance.activation import ActivationObserver
 from minitron.importance.scoring import run_pass
 from minitron.models import config_of, discover, load_causal_lm
+from minitron.prune import proof
 
 CPU = torch.device("cpu")
 LAYERS, HIDDEN, FFN, HEADS, GROUPS, VOCAB = 3, 48, 64, 6, 2, 300
@@ -254,3 +256,43 @@ def test_unknown_metrics_are_refused() -> None:
         build_observers(ImportanceConfig(), DepthConfig(name="block"), seed=0)
     with pytest.raises(ConfigError, match="depth.selection=contigous is unknown; did you mean 'contiguous'"):
         build_observers(ImportanceConfig(), DepthConfig(selection="contigous"), seed=0)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_experts_and_their_neurons_equal_a_token_by_token_count(model_type: str) -> None:
+    """Against float64 sums over every token and every expert that it is sent to, from the module's own weights."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(model_type)
+    tiny = proof.tiny_config(config, discover(config))
+    family = discover(tiny)
+    layer, name = next(iter(family.taps.experts.items()))
+    ids = torch.randint(0, 64, (3, 10), generator=torch.Generator().manual_seed(1))
+    observer = ActivationObserver()
+    model = proof.tiny_teacher(tiny, seed=0)
+    observer.attach(model, family)
+    experts: Any = model.get_submodule(name)
+    seen: list[Any] = []
+    experts.register_forward_pre_hook(lambda module, args, kwargs: seen.extend([*args, *kwargs.values()]), with_kwargs=True)
+    with torch.no_grad():
+        model.base_model(input_ids=ids, use_cache=False)  # type: ignore[operator]
+        scores = observer.scores(family, num_samples=3)
+        hidden, chosen, weights = seen[:3]
+        used = torch.zeros(3, family.architecture.num_experts, dtype=torch.float64)
+        active = torch.zeros(3, family.architecture.num_experts, family.architecture.expert_ffn_size, dtype=torch.float64)
+        for token, row in enumerate(chosen.tolist()):
+            for place, expert in enumerate(row):
+                x = hidden[token]
+                if model_type == "nemotron_h":
+                    neurons = (experts.up_proj[expert] @ x).relu().square()
+                elif model_type == "gpt_oss":
+                    up = x @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]
+                    gate, linear = up[::2].clamp(max=7.0), up[1::2].clamp(-7.0, 7.0)
+                    neurons = (linear + 1) * gate * torch.sigmoid(1.702 * gate)
+                else:
+                    gate, linear = (experts.gate_up_proj[expert] @ x).chunk(2)
+                    neurons = torch.nn.functional.silu(gate) * linear
+                active[token // 10, expert] += neurons.double().abs() / 10
+                used[token // 10, expert] += float(weights[token, place]) / 10
+    torch.testing.assert_close(scores[f"expert_ffn.{layer}"], active.square().sum(0).sqrt(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scores[f"expert.{layer}"], used.square().sum(0).sqrt(), rtol=1e-5, atol=1e-6)

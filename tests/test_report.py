@@ -60,6 +60,7 @@ def training(steps: int, start: float, end: float, seed: int) -> list[dict[str, 
         rows[-1] |= {"gradient_norm": 1 + noise.random(), "tokens_per_second": 900 + 40 * noise.random()}
         if step % (steps // 8) == 0:
             rows.append({"step": step, "tokens": step * 4096, "validation_loss": 2.2 + loss / 2, "validation_kl": loss * 0.9})
+            rows[-1]["validation_agreement"] = step / steps / 2
     return rows
 
 
@@ -164,7 +165,20 @@ def test_a_full_run_tells_its_story(tmp_path: Path) -> None:
     result = write_report(make_run(tmp_path / "run"), tmp_path / "out", title="SmolLM <135M> & co")
     page = (tmp_path / "out" / "index.html").read_text()
     words = " ".join(check(page).words)
-    for expected in ("134.5M", "101.2M", "75.3%", "8.81", "61.7", "11.4", "SmolLM <135M> & co", WINNER, "loss was <NaN>", "node<7>", "2.1M"):
+    for expected in (
+        "134.5M",
+        "101.2M",
+        "75.3%",
+        "8.81",
+        "61.7",
+        "11.4",
+        "SmolLM <135M> & co",
+        WINNER,
+        "loss was <NaN>",
+        "node<7>",
+        "2.1M",
+        "50.0% of tokens",
+    ):
         assert expected in words, expected
     assert "38m28s" in words  # the sum of the stages' wall times
     assert "SmolLM &lt;135M&gt; &amp; co" in page

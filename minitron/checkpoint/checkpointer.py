@@ -104,6 +104,16 @@ class Checkpointer:
         found = [re.fullmatch(r"step-(\d+)", entry.name) for entry in self.folder.iterdir()]
         return sorted(int(match.group(1)) for match in found if match)
 
+    def metas(self) -> list[dict[str, Any]]:
+        """What is written beside the tensors of all whole checkpoints; damaged ones are passed over."""
+        found = []
+        for step in self.steps():
+            try:
+                found.append(dict(json.loads((self.folder / f"step-{step}" / "state.json").read_text())))
+            except (OSError, ValueError, TypeError):
+                continue
+        return found
+
     def load_latest(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """The newest sound checkpoint of this rank, or None. Unsound ones are named in the log and passed over.
 

@@ -32,7 +32,7 @@ class Engine(Protocol):
         ``blocks`` are the repeated layers inside it, the natural units of sharding.
         """
 
-    def prepare_frozen(self, teacher: nn.Module, *, blocks: list[nn.Module], placement: str) -> Callable[..., torch.Tensor]:
+    def prepare_frozen(self, teacher: nn.Module, *, blocks: list[nn.Module], placement: str) -> Callable[..., tuple[torch.Tensor, ...]]:
         """Place the frozen teacher: ``replicate`` it whole, ``shard`` it over the ranks and gather it block by block, or ``offload`` it."""
 
     def backward(self, loss: torch.Tensor, *, boundary: bool) -> None:

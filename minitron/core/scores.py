@@ -12,23 +12,32 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from minitron.core.axes import LAYER_AXES
-from minitron.errors import CheckpointError
+from minitron.errors import ArchitectureError, CheckpointError
 
 
 @dataclass
 class ImportanceScores:
     """Scores of every unit, high = important.
 
-    ``tensors`` holds ``hidden`` [hidden], ``layer`` [layers] and, per layer i, ``ffn.<i>``, ``head.<i>``, ``kv_head.<i>``;
-    all float32. ``metadata`` names metric, aggregation, calibration fingerprint and token count.
+    ``tensors`` holds ``hidden`` [hidden], ``layer`` [layers] and, per layer i that has the axis, ``ffn.<i>``, ``head.<i>``,
+    ``kv_head.<i>``, ``expert.<i>`` [experts], ``expert_ffn.<i>`` [experts, neurons] and ``shared_ffn.<i>``; all float32. ``metadata``
+    names metric, aggregation, calibration fingerprint and token count.
     """
 
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def of(self, axis: str, layer: int | None = None) -> torch.Tensor:
-        """Scores on one axis; layer axes need the layer's index."""
-        return self.tensors[f"{axis}.{layer}" if axis in LAYER_AXES else axis]
+        """Scores on one axis; layer axes need the layer's index.
+
+        Raises:
+            ArchitectureError: the metric did not measure that axis.
+        """
+        name = f"{axis}.{layer}" if axis in LAYER_AXES else axis
+        if name not in self.tensors:
+            metric = self.metadata.get("metric", "this metric")
+            raise ArchitectureError(f"the scores have no '{name}': {metric} does not measure axis '{axis}', so nothing can be cut on it")
+        return self.tensors[name]
 
     def save(self, path: Path) -> None:
         """Write a safetensors file; metadata values are stored as JSON strings."""

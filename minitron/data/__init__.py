@@ -3,6 +3,6 @@
 from minitron.data.batches import IGNORE_INDEX, GlobalBatches, shifted_labels
 from minitron.data.config import DataConfig
 from minitron.data.stream import SequenceStream
-from minitron.data.text import Text, data_fingerprint, open_text
+from minitron.data.text import Blends, Text, data_fingerprint, open_text
 
-__all__ = ["IGNORE_INDEX", "DataConfig", "GlobalBatches", "SequenceStream", "Text", "data_fingerprint", "open_text", "shifted_labels"]
+__all__ = ["IGNORE_INDEX", "Blends", "DataConfig", "GlobalBatches", "SequenceStream", "Text", "data_fingerprint", "open_text", "shifted_labels"]

@@ -19,6 +19,19 @@ def shifted_labels(input_ids: torch.Tensor) -> torch.Tensor:
     return labels
 
 
+def check_share(batch_size: int, *, world_size: int, where: str) -> None:
+    """Refuse a batch that the ranks cannot share equally; ``where`` is the section that gives it.
+
+    Raises:
+        ConfigError: the number of ranks does not divide the batch.
+    """
+    if batch_size % world_size:
+        usable = max(1, round(batch_size / world_size)) * world_size
+        raise ConfigError(
+            f"{where}.batch_size={batch_size} sequences cannot be shared equally by {world_size} ranks: the nearest usable value is {usable}"
+        )
+
+
 class GlobalBatches:
     """Draws the sequences of one optimiser step and keeps this rank's share of them.
 
@@ -35,11 +48,7 @@ class GlobalBatches:
             raise ConfigError(f"training.batch_size={batch_size} must be at least 1")
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ConfigError(f"training.micro_batch_size={micro_batch_size} must be at least 1, or null for a rank's whole share")
-        if batch_size % world_size:
-            usable = max(1, round(batch_size / world_size)) * world_size
-            raise ConfigError(
-                f"training.batch_size={batch_size} sequences cannot be shared equally by {world_size} ranks: the nearest usable value is {usable}"
-            )
+        check_share(batch_size, world_size=world_size, where="training")
         self._stream, self._batch_size, self._rank = stream, batch_size, rank
         self._share = batch_size // world_size
         self._micro = min(micro_batch_size or self._share, self._share)

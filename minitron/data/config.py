@@ -53,32 +53,51 @@ class SourceConfig:
         return ":".join(part for part in parts if part)
 
 
-def source_configs(config: DataConfig) -> tuple[SourceConfig, ...]:
-    """The sources that a `data` section names, checked.
+def source_configs(config: DataConfig, *, where: str = "data") -> tuple[SourceConfig, ...]:
+    """The sources that a `data` section names, checked; ``where`` is what errors call the section.
 
     Raises:
         ConfigError: no source, an unknown key or builtin, or a value out of range.
     """
     if not 0.0 <= config.validation_fraction < 1.0:
-        raise ConfigError(f"data.validation_fraction={config.validation_fraction} is not a share: give a number from 0 to below 1")
+        raise ConfigError(f"{where}.validation_fraction={config.validation_fraction} is not a share: give a number from 0 to below 1")
     for name in ("sequence_length", "shuffle_buffer"):
         if getattr(config, name) < 1:
-            raise ConfigError(f"data.{name}={getattr(config, name)} must be at least 1")
+            raise ConfigError(f"{where}.{name}={getattr(config, name)} must be at least 1")
     if config.path is None and config.name is None and config.sources is not None:
         if not config.sources:
-            raise ConfigError("data.sources is an empty list: give at least one {path: …} or {name: …}")
-        return tuple(_blend_member(entry, number) for number, entry in enumerate(config.sources))
+            raise ConfigError(f"{where}.sources is an empty list: give at least one {{path: …}} or {{name: …}}")
+        return tuple(_blend_member(entry, f"{where}.sources[{number}]") for number, entry in enumerate(config.sources))
     kind = next((kind for kind in ("path", "name", "builtin") if getattr(config, kind) is not None), None)
     if kind is None:
-        raise ConfigError(f"data needs a source of text: {_HOW}")
+        raise ConfigError(f"{where} needs a source of text: {_HOW}")
     source = SourceConfig(
         **{kind: getattr(config, kind)}, subset=config.subset, split=config.split, streaming=config.streaming, text_column=config.text_column
     )
-    return (_checked(source, "data"),)
+    return (_checked(source, where),)
 
 
-def _blend_member(entry: dict[str, Any], number: int) -> SourceConfig:
-    where = f"data.sources[{number}]"
+def changed_sources(config: DataConfig, change: dict[str, Any], *, where: str) -> tuple[SourceConfig, ...]:
+    """The sources of a section whose text is exchanged; of the rest ``text_column`` and the held-out share stay.
+
+    Args:
+        change: path, name, builtin or sources, with subset, split, streaming and text_column.
+
+    Raises:
+        ConfigError: as ``source_configs``, or a key that is not one of these.
+    """
+    kinds: dict[str, type] = {"path": str, "name": str, "builtin": str, "sources": list}
+    kinds |= {"subset": str, "split": str, "streaming": bool, "text_column": str}
+    for key, value in change.items():
+        if key not in kinds:
+            raise ConfigError(f"{where} has no key '{key}': {nearest(str(key), kinds)}")
+        if not isinstance(value, kinds[key]):
+            raise ConfigError(f"{where}.{key}={value!r} is not of type {kinds[key].__name__}")
+    fresh = {"path": None, "name": None, "builtin": None, "sources": None, "subset": None, "split": "train", "streaming": False}
+    return source_configs(dataclasses.replace(config, **{**fresh, **change}), where=where)
+
+
+def _blend_member(entry: dict[str, Any], where: str) -> SourceConfig:
     known = [field.name for field in dataclasses.fields(SourceConfig)]
     for key in entry:
         if key not in known:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,18 @@ from minitron.data.sources import SPLITS, open_documents, open_rows, source_fing
 from minitron.data.stream import Feed, MapFeed, RowFeed, SequenceStream, Tokenize
 from minitron.errors import DataError, nearest
 
+#: Sources of blends that follow the `data` section's own.
+Blends = Sequence[Sequence[SourceConfig]]
+
 
 class Text:
     """Text split by document into ``train`` and ``validation``, as packed token sequences."""
 
-    def __init__(self, config: DataConfig, feeds: dict[str, list[Feed]], *, weights: Sequence[float], label: str, seed: int) -> None:
+    def __init__(self, config: DataConfig, feeds: dict[str, list[Feed]], *, blends: Sequence[Sequence[float]], label: str, seed: int) -> None:
+        """``blends`` are weights of all sources: the section's own blend, then later ones."""
         self.config = config
         self.label = label
-        self._feeds, self._weights, self._seed = feeds, list(weights), seed
+        self._feeds, self._blends, self._seed = feeds, blends, seed
         self._fingerprint: str | None = None
 
     @property
@@ -32,14 +37,17 @@ class Text:
             self._fingerprint = data_fingerprint(self.config)
         return self._fingerprint
 
-    def stream(self, *, split: str = "train", sequence_length: int | None = None, seed: int | None = None) -> SequenceStream:
-        """An endless stream; without a seed, training text is shuffled by the text's own seed and validation text stays in order."""
+    def stream(self, *, split: str = "train", sequence_length: int | None = None, seed: int | None = None, blend: int = 0) -> SequenceStream:
+        """An endless stream; without a seed, training text is shuffled by the text's own seed and validation text stays in order.
+
+        Streams of all blends and lengths take each other's states: each source goes on where it stood.
+        """
         if split not in SPLITS:
             raise DataError(f"there is no split '{split}': {nearest(split, SPLITS)}")
         if seed is None and split == "train":
             seed = self._seed
         length = sequence_length or self.config.sequence_length
-        return SequenceStream(self._feeds[split], weights=self._weights, sequence_length=length, seed=seed)
+        return SequenceStream(self._feeds[split], weights=self._blends[blend], sequence_length=length, seed=seed)
 
     def take(self, num_sequences: int, *, split: str, sequence_length: int | None = None, seed: int | None = None) -> torch.Tensor:
         """The first sequences of one epoch, int64 [num_sequences, sequence_length]; no text is repeated.
@@ -76,36 +84,59 @@ class Text:
         return total
 
 
-def open_text(config: DataConfig, tokenizer: Any, *, seed: int) -> Text:
-    """Open the sources of a `data` section; nothing is tokenised yet.
+def open_text(config: DataConfig, tokenizer: Any, *, seed: int, later: Blends = ()) -> Text:
+    """Open the sources of a `data` section, and of blends that follow it; nothing is tokenised yet.
 
     Raises:
         ConfigError: the section names no source or a wrong one.
         DataError: a source is missing, unreadable or empty.
     """
-    sources = source_configs(config)
+    sources, blends = united([source_configs(config), *later])
     tokenize = _tokenize_with(tokenizer)
     feeds: dict[str, list[Feed]] = {split: [] for split in SPLITS}
     for source in sources:
         for split, feed in _open_source(source, config, tokenize).items():
             feeds[split].append(feed)
-    label = " + ".join(source.label for source in sources)
-    return Text(config, feeds, weights=[source.weight for source in sources], label=label, seed=seed)
+    label = " + ".join(source.label for source, weight in zip(sources, blends[0], strict=True) if weight)
+    return Text(config, feeds, blends=blends, label=label, seed=seed)
 
 
-def data_fingerprint(config: DataConfig) -> str:
+def united(blends: Sequence[Sequence[SourceConfig]]) -> tuple[list[SourceConfig], list[list[float]]]:
+    """All sources of some blends, each once and the first blend's first, and for every blend the weights of all of them."""
+    sources: list[SourceConfig] = []
+    rows: list[dict[int, float]] = []
+    for blend in blends:
+        row: dict[int, float] = {}
+        for source in blend:
+            same = (i for i, known in enumerate(sources) if i not in row and replace(known, weight=source.weight) == source)
+            number = next(same, len(sources))
+            if number == len(sources):
+                sources.append(source)
+            row[number] = float(source.weight)
+        rows.append(row)
+    return sources, [[row.get(number, 0.0) for number in range(len(sources))] for row in rows]
+
+
+def data_fingerprint(config: DataConfig, *, later: Blends = ()) -> str:
     """A hash of what the text is (content, column, split, held-out share, weights) and not of where it lies; needs no tokenizer.
+
+    ``later``: the blends that follow it, in order.
 
     Raises:
         ConfigError, DataError: as ``open_text``.
     """
-    sources = source_configs(config)
-    parts: list[Any] = [config.validation_fraction]
+    parts: list[Any] = [config.validation_fraction, *_blend_parts(source_configs(config))]
+    parts += [_blend_parts(sources) for sources in later]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def _blend_parts(sources: Sequence[SourceConfig]) -> list[Any]:
+    parts = []
     for source in sources:
         hub = [source.name is not None, source.subset, source.split] if source.name is not None else []
         # one source's weight is no choice; a blend's is
         parts.append([source_fingerprint(source), hub, source.text_column, float(source.weight) if len(sources) > 1 else 1.0])
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    return parts
 
 
 def _open_source(source: SourceConfig, config: DataConfig, tokenize: Tokenize) -> dict[str, Feed]:

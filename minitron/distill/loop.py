@@ -41,12 +41,14 @@ class StepReport:
     seconds: float
     step_tokens: int
     terms: dict[str, torch.Tensor] = field(default_factory=dict)
+    values: dict[str, torch.Tensor] = field(default_factory=dict)  # what hooks add, 0-d and equal on every rank
 
     def read(self) -> dict[str, float]:
         """The metrics as numbers, terms summed over ranks: one collective and one host synchronisation."""
         names = list(self.terms)
         stacked = dist.all_reduce_sum(torch.stack([self.terms[name].detach().float() for name in names]))
         values: dict[str, Any] = dict(zip(names, stacked.tolist(), strict=True))
+        values |= {name: float(value) for name, value in self.values.items()}
         values |= {"learning_rate": self.learning_rate, "gradient_norm": float(self.gradient_norm)}
         return {"tokens": self.tokens, **values, "tokens_per_second": self.step_tokens / max(self.seconds, 1e-9)}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,29 +11,44 @@ from torch import nn
 
 from minitron import dist
 from minitron.core.protocols import Engine
+from minitron.distill.alpha import DynamicWeight
 from minitron.distill.losses import LossConfig, build_losses
-from minitron.models.head import check_linear_head, decoder_of, head_weight
-from minitron.ops.kd_loss import fused_linear_losses
+from minitron.distill.states import StateLosses
+from minitron.models.head import decoder_of, head_of, head_parameters
+from minitron.models.states import Tap, captured, find_spots
+from minitron.ops.agreement import AGREEMENT
+from minitron.ops.head import Head
+from minitron.ops.kd_loss import IGNORE_INDEX, WeightedRowLoss, fused_linear_losses
 
-#: What validation measures: language-modelling loss, and the divergence from the teacher when there is one.
-_VALIDATION = {"cross_entropy": 1.0, "forward_kl": 1.0}
+#: What validation measures: language-modelling loss, and with a teacher the divergence from it; beside them, how often both agree.
+_VALIDATION: dict[str, float | str] = {"cross_entropy": 1.0, "forward_kl": 1.0}
+#: What the pair adds to a checkpoint.
+_PREFIX = "losses/"
 
 
 class StudentLosses(nn.Module):
     """The root that an engine wraps: the student and its losses, so that sharded weights are whole where the loss needs them."""
 
-    def __init__(self, student: nn.Module, config: LossConfig, *, compute_dtype: torch.dtype) -> None:
+    def __init__(self, student: nn.Module, config: LossConfig, *, compute_dtype: torch.dtype, states: StateLosses | None = None) -> None:
+        """``states`` are the losses on intermediate states that ``config`` asks for, whose parameters are trained too."""
         super().__init__()
         self.student = student
+        self.states = states
+        self._spots = find_spots(student, states.student_taps) if states is not None else {}
         self.temperature = config.temperature
         self.losses = build_losses(config)
-        self.validation_losses = {loss.name: loss for loss in build_losses(LossConfig(terms=_VALIDATION))}
+        self.validation_losses = [*build_losses(LossConfig(terms=_VALIDATION)), AGREEMENT]
+        self._head_transform = head_of(student).transform
         self.compute_dtype = compute_dtype
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any loss in use needs the teacher."""
-        return any(loss.function.needs_teacher for loss in self.losses)
+        return self.states is not None or any(loss.function.needs_teacher for loss in self.losses)
+
+    def head(self) -> Head:
+        """The student's head as it is now; call it where an engine has made the weights whole."""
+        return Head(*head_parameters(self.student), self._head_transform)
 
     def forward(
         self,
@@ -41,8 +56,13 @@ class StudentLosses(nn.Module):
         labels: torch.Tensor,
         denominator: torch.Tensor,
         teacher_hidden: torch.Tensor | None = None,
-        teacher_weight: torch.Tensor | None = None,
+        teacher_head: Head | None = None,
+        weights: torch.Tensor | None = None,
         validate: bool = False,
+        teacher_states: Sequence[torch.Tensor] = (),
+        alpha: torch.Tensor | None = None,
+        states_only: bool = False,
+        others: Sequence[tuple[float, torch.Tensor, Head]] = (),
     ) -> dict[str, torch.Tensor]:
         """Loss terms of one micro-batch, each summed over its valid tokens and divided by ``denominator``.
 
@@ -50,96 +70,218 @@ class StudentLosses(nn.Module):
             input_ids, labels: [batch, sequence]; labels are already shifted.
             denominator: 0-d, valid tokens of the whole optimiser step.
             teacher_hidden: [batch, sequence, teacher hidden].
-            teacher_weight: [vocab, teacher hidden].
+            teacher_head: the teacher's, its tensors whole.
+            weights: [batch, sequence] or [losses, batch, sequence], for the loss of every token; losses on states take the first form.
+            validate: measure what validation measures, and no intermediate states.
+            teacher_states: those that ``states.teacher_taps`` names, each [batch, sequence, width].
+            alpha: 0-d, the dynamic weight of losses on states.
+            others: of every further teacher its weight (the first weighs 1), hidden states and head. Every loss on logits is then the weighted
+                mean of the losses to each teacher, Σ wᵢ·L(student, teacherᵢ) / Σ wᵢ. For forward KL that has the gradient of the divergence from
+                the mixture Σ wᵢ·pᵢ / Σ wᵢ of their probabilities. Losses on states follow the first alone.
+            states_only: compute no loss and return the student's states by their number in ``states.student_taps``.
 
         Returns:
             ``loss`` (the weighted total, differentiable) and every term by name (detached).
         """
         losses = self.losses
         if validate:
-            losses = [loss for loss in self.validation_losses.values() if teacher_hidden is not None or not loss.function.needs_teacher]
-        hidden = decoder_of(self.student)(input_ids=input_ids, use_cache=False).last_hidden_state
-        weight: torch.Tensor = head_weight(self.student)
-        if teacher_weight is not None:  # one tokenizer, padded differently: the padding rows of the larger vocabulary play no part
-            vocab = min(weight.shape[0], teacher_weight.shape[0])
-            weight, teacher_weight = weight[:vocab], teacher_weight[:vocab]
-        total, values = fused_linear_losses(
-            hidden.flatten(0, 1),
-            weight,
-            labels.flatten(),
-            losses,
-            denominator=denominator,
-            teacher_hidden=None if teacher_hidden is None else teacher_hidden.flatten(0, 1),
-            teacher_weight=teacher_weight,
-            temperature=1.0 if validate else self.temperature,
-            compute_dtype=self.compute_dtype,
-        )
-        return {"loss": total, **{loss.name: values[i] for i, loss in enumerate(losses)}}
+            losses = [loss for loss in self.validation_losses if teacher_hidden is not None or not loss.function.needs_teacher]
+        with captured(self.student, {} if validate else self._spots) as states:
+            hidden = decoder_of(self.student)(input_ids=input_ids, use_cache=False).last_hidden_state
+        if states_only:
+            return {str(number): states[tap] for number, tap in enumerate(self._spots)}
+        teachers = [(1.0, teacher_hidden, teacher_head), *others]
+        temperature = 1.0 if validate else self.temperature
+        total, values = self._losses_on_logits(hidden, labels, losses, teachers, denominator=denominator, weights=weights, temperature=temperature)
+        terms = {loss.name: values[i] for i, loss in enumerate(losses)}
+        if self.states is not None and not validate:
+            valid = labels != IGNORE_INDEX
+            scale = (weights if weights is not None and weights.ndim == 2 else valid.float()) / denominator
+            on_states, state_terms = self.states(teacher_states, [states[tap] for tap in self._spots], valid, scale, alpha)
+            total, terms = total + on_states, terms | state_terms
+        return {"loss": total, **terms}
+
+    def _losses_on_logits(
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        losses: Sequence[WeightedRowLoss],
+        teachers: Sequence[tuple[float, torch.Tensor | None, Head | None]],
+        *,
+        denominator: torch.Tensor,
+        weights: torch.Tensor | None,
+        temperature: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Total and terms: the weighted mean over ``teachers``, each of a weight, hidden states and head."""
+        head = self.head()
+        # One tokenizer, padded differently: the padding rows of the larger vocabularies play no part.
+        vocab = min([head.num_tokens, *(theirs.num_tokens for _, _, theirs in teachers if theirs is not None)])
+        parts = [
+            fused_linear_losses(
+                hidden.flatten(0, 1),
+                head.first(vocab),
+                labels.flatten(),
+                losses,
+                denominator=denominator,
+                teacher_hidden=None if states is None else states.flatten(0, 1),
+                teacher_head=None if theirs is None else theirs.first(vocab),
+                token_weights=None if weights is None else weights.flatten(-2),
+                temperature=temperature,
+                compute_dtype=self.compute_dtype,
+            )
+            for _, states, theirs in teachers
+        ]
+        return weighted_mean(parts, [weight for weight, _, _ in teachers])
+
+
+def weighted_mean(parts: Sequence[tuple[torch.Tensor, torch.Tensor]], weights: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of (total, values) pairs; of a single pair that pair itself."""
+    total, values = parts[0]
+    if len(parts) > 1:
+        shares = [weight / sum(weights) for weight in weights]
+        total = torch.stack([share * part[0] for share, part in zip(shares, parts, strict=True)]).sum()
+        values = torch.stack([share * part[1] for share, part in zip(shares, parts, strict=True)]).sum(0)
+    return total, values
 
 
 class FrozenDecoder(nn.Module):
     """The teacher as its engine sees it: token ids in, hidden states out; its head lies beside, for the loss only."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, taps: Sequence[Tap] = ()) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
+        self._spots = find_spots(model, taps) if taps else {}
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[batch, sequence] → [batch, sequence, hidden]."""
-        return decoder_of(self.model)(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+    def forward(self, input_ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, ...]:
+        """[batch, sequence] → [batch, sequence, hidden], then the states of the taps in their order.
+
+        With a ``cache`` of keys and values the ids follow those it holds.
+        """
+        kept = {"past_key_values": cache} if cache is not None else {}
+        with captured(self.model, self._spots) as states:
+            hidden = decoder_of(self.model)(input_ids=input_ids, use_cache=cache is not None, **kept).last_hidden_state
+        return hidden, *(states[tap] for tap in self._spots)
 
 
 class TeacherSignal:
     """What the teacher says about a batch: hidden states and the head that turns them into logits.
 
-    With ``remember_bytes`` the hidden states of batches seen before are kept, up to that many bytes: several students that are
-    trained on the same batches then cost one teacher forward per batch.
+    ``taps`` name intermediate states to hand over too. With ``remember_bytes`` the states of batches seen before are kept, up to that
+    many bytes: several students that are trained on the same batches then cost one teacher forward per batch.
     """
 
-    def __init__(self, model: nn.Module, engine: Engine, *, blocks: list[nn.Module], placement: str, remember_bytes: int = 0) -> None:
-        check_linear_head(model)
-        decoder = FrozenDecoder(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: Engine,
+        *,
+        blocks: list[nn.Module],
+        placement: str,
+        remember_bytes: int = 0,
+        taps: Sequence[Tap] = (),
+    ) -> None:
+        self._transform = head_of(model).transform
+        self.config: Any = model.config
+        decoder = FrozenDecoder(model, taps)
         self._engine = engine
-        self._forward: Callable[..., torch.Tensor] = engine.prepare_frozen(decoder, blocks=blocks, placement=placement)
-        self._head = head_weight(decoder.model)
-        self._remembered: dict[bytes, torch.Tensor] = {}
+        self._forward: Callable[..., tuple[torch.Tensor, ...]] = engine.prepare_frozen(decoder, blocks=blocks, placement=placement)
+        self._head = [parameter for parameter in head_parameters(decoder.model) if parameter is not None]
+        self._remembered: dict[bytes, tuple[torch.Tensor, ...]] = {}
         self._room = remember_bytes
         self.num_forwards = 0
 
-    def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[batch, sequence] ids on the CPU → [batch, sequence, hidden] on the device."""
+    def hidden(self, input_ids: torch.Tensor, *, cache: Any = None) -> torch.Tensor:
+        """[batch, sequence] ids on the CPU → [batch, sequence, hidden] on the device.
+
+        With a ``cache`` of keys and values the ids follow those that it holds, and nothing is remembered.
+        """
+        if cache is not None:
+            with torch.no_grad():
+                return self._forward(input_ids.to(dist.device()), cache=cache)[0]
+        return self.states(input_ids)[0]
+
+    def states(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[batch, sequence] ids on the CPU → the hidden states, then the states of the taps in their order, on the device."""
         key = input_ids.numpy().tobytes() if self._room or self._remembered else b""
         if key and key in self._remembered:
-            return self._remembered[key].to(dist.device())
+            return tuple(state.to(dist.device()) for state in self._remembered[key])
         with torch.no_grad():
             states = self._forward(input_ids.to(dist.device()))
         self.num_forwards += 1
-        if key and states.nbytes <= self._room:
-            self._room -= states.nbytes
-            self._remembered[key] = states.cpu()
+        num_bytes = sum(state.nbytes for state in states)
+        if key and num_bytes <= self._room:
+            self._room -= num_bytes
+            self._remembered[key] = tuple(state.cpu() for state in states)
         return states
 
-    def head(self) -> Any:
-        """A context that yields the whole head weight."""
-        return self._engine.gathered([self._head])
+    @contextmanager
+    def head(self) -> Iterator[Head]:
+        """A context that yields the head, its tensors whole."""
+        with self._engine.gathered(self._head) as (weight, *bias):
+            yield Head(weight, bias[0] if bias else None, self._transform)
 
 
 class TeacherStudent:
-    """Teacher signal + wrapped student root. ``losses`` is all that the loop calls."""
+    """Teacher signal + wrapped student root. ``losses`` is all that the loop calls.
 
-    def __init__(self, root: Callable[..., dict[str, torch.Tensor]], teacher: TeacherSignal | None) -> None:
-        self._root, self._teacher = root, teacher
+    ``root`` is what the engine has made of ``module``; ``alpha`` is the dynamic weight where a loss on states has it;
+    ``others`` are further teachers with their weights, the first weighing 1.
+    """
+
+    def __init__(
+        self,
+        root: Callable[..., dict[str, torch.Tensor]],
+        teacher: TeacherSignal | None,
+        *,
+        module: StudentLosses | None = None,
+        alpha: DynamicWeight | None = None,
+        others: Sequence[tuple[TeacherSignal, float]] = (),
+    ) -> None:
+        self._root, self.teacher, self._others = root, teacher, others
+        self.module, self.alpha = module, alpha
 
     def losses(self, batch: dict[str, torch.Tensor], denominator: torch.Tensor, *, validate: bool = False) -> dict[str, torch.Tensor]:
         """Loss terms of one micro-batch of CPU tensors."""
         device = dist.device()
-        hidden = self._teacher.hidden(batch["input_ids"]) if self._teacher is not None else None
-        with self._teacher.head() if self._teacher is not None else nullcontext([None]) as (weight,):
+        hidden, *states = self.teacher.states(batch["input_ids"]) if self.teacher is not None else (None,)
+        alpha = None
+        if self.alpha is not None:  # unknown in the pass that finds the first one
+            alpha = self.alpha.value if self.alpha.value is not None else torch.ones((), device=device)
+        others = [(weight, signal, signal.hidden(batch["input_ids"])) for signal, weight in self._others]
+        with ExitStack() as held:
+            head = held.enter_context(self.teacher.head()) if self.teacher is not None else None
             return self._root(
                 batch["input_ids"].to(device, non_blocking=True),
                 batch["labels"].to(device, non_blocking=True),
                 denominator,
                 teacher_hidden=hidden,
-                teacher_weight=weight,
+                teacher_head=head,
+                weights=batch["weights"].to(device, non_blocking=True) if "weights" in batch else None,
                 validate=validate,
+                teacher_states=states,
+                alpha=alpha,
+                others=[(weight, theirs, held.enter_context(signal.head())) for weight, signal, theirs in others],
             )
+
+    @torch.no_grad()
+    def states(self, batch: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Intermediate states of teacher and student for one micro-batch of CPU tensors, each [batch, sequence, width]."""
+        assert self.teacher is not None
+        _, *theirs = self.teacher.states(batch["input_ids"])
+        ids, labels = (batch[name].to(dist.device()) for name in ("input_ids", "labels"))
+        return theirs, list(self._root(ids, labels, torch.ones((), device=ids.device), states_only=True).values())
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What the losses keep besides parameters, for checkpoints; equal on all ranks."""
+        found = self.alpha.state_dict() if self.alpha is not None else {}
+        if self.module is not None and self.module.states is not None:
+            found |= self.module.states.extra_state()
+        return {f"{_PREFIX}{name}": value for name, value in found.items()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """The inverse; the keys of others are passed over."""
+        own = {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}
+        if self.alpha is not None:
+            self.alpha.load_state_dict(own)
+        if self.module is not None and self.module.states is not None:
+            self.module.states.load_extra_state(own)

@@ -8,6 +8,9 @@ from minitron import dist
 from minitron.distill.pair import TeacherStudent
 from minitron.ops.kd_loss import IGNORE_INDEX
 
+#: Validation term → metric.
+_METRICS = {"cross_entropy": "validation_loss", "forward_kl": "validation_kl", "agreement": "validation_agreement"}
+
 
 def validation_batches(sequences: torch.Tensor, *, micro_batch_size: int) -> list[dict[str, torch.Tensor]]:
     """This rank's micro-batches of held-out sequences [num, length]; every rank gets equally many, inert ones fill up."""
@@ -25,7 +28,8 @@ def validation_batches(sequences: torch.Tensor, *, micro_batch_size: int) -> lis
 
 
 def validate(pair: TeacherStudent, batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """``validation_loss`` and, with a teacher, ``validation_kl``: means over all held-out tokens of all ranks."""
+    """``validation_loss``; with a teacher ``validation_kl`` and ``validation_agreement``, the share of tokens on which both models' first
+    choices are the same. Means over all held-out tokens of all ranks."""
     tokens = torch.tensor(float(sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)))
     denominator = dist.all_reduce_sum(tokens).to(dist.device())
     sums: dict[str, torch.Tensor] = {}
@@ -33,7 +37,6 @@ def validate(pair: TeacherStudent, batches: list[dict[str, torch.Tensor]]) -> di
         for batch in batches:
             for name, value in pair.losses(batch, denominator, validate=True).items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value
-    names = [name for name in ("cross_entropy", "forward_kl") if name in sums]
+    names = [name for name in _METRICS if name in sums]
     values = dist.all_reduce_sum(torch.stack([sums[name].float() for name in names])).tolist()
-    label = {"cross_entropy": "validation_loss", "forward_kl": "validation_kl"}
-    return {label[name]: value for name, value in zip(names, values, strict=True)}
+    return {_METRICS[name]: value for name, value in zip(names, values, strict=True)}

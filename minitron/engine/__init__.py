@@ -9,7 +9,7 @@ from typing import cast
 from minitron import dist
 from minitron.core.options import option
 from minitron.core.protocols import Engine
-from minitron.engine.optimizer import OptimizerConfig
+from minitron.engine.optimizers import OptimizerConfig, check_optimizer
 from minitron.engine.precision import resolve_dtype
 from minitron.errors import ConfigError, nearest
 
@@ -52,8 +52,9 @@ def check_engine(config: EngineConfig) -> None:
 def build_engine(config: EngineConfig, *, optimizer: OptimizerConfig, precision: str) -> Engine:
     """The engine that a section names."""
     check_engine(config)
+    check_optimizer(optimizer.name, engine=config.name, zero_stage=config.zero_stage)
     module, _, cls = ENGINES[config.name].partition(":")
     return cast(Engine, getattr(importlib.import_module(module), cls)(config, optimizer=optimizer, compute_dtype=resolve_dtype(precision)))
 
 
-__all__ = ["ENGINES", "EngineConfig", "OptimizerConfig", "build_engine", "check_engine", "resolve_dtype"]
+__all__ = ["ENGINES", "EngineConfig", "OptimizerConfig", "build_engine", "check_engine", "check_optimizer", "resolve_dtype"]

@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO, stages 0 to 3. The only file that imports deepspeed, and only once an engine is made.
 
-ZeRO keeps this rank's float32 master weights as one flat tensor for each parameter group, and AdamW's moments beside it. Those tensors
+ZeRO keeps this rank's float32 master weights as one flat tensor for each parameter group, and the optimiser's moments beside it. Those tensors
 are the whole training state of stages 1 to 3, so checkpoints hold them bare instead of DeepSpeed's own pickled files.
 """
 
@@ -17,7 +17,8 @@ from torch import nn
 
 from minitron import dist
 from minitron.engine.offload import offload_blocks
-from minitron.engine.optimizer import OptimizerConfig, build_adamw, set_learning_rate
+from minitron.engine.optimizer import set_learning_rate
+from minitron.engine.optimizers import OptimizerConfig, build_optimizer
 from minitron.engine.state import full_tensors, pack, unpack
 from minitron.errors import CheckpointError, ConfigError
 from minitron.log import get_logger
@@ -32,7 +33,7 @@ _MASTERS = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp
 
 
 class DeepSpeedEngine:
-    """ZeRO with float32 masters, float32 gradient accumulation and reduction, and minitron's own AdamW."""
+    """ZeRO with float32 masters, float32 gradient accumulation and reduction, and minitron's own optimisers."""
 
     name = "deepspeed"
 
@@ -53,13 +54,13 @@ class DeepSpeedEngine:
         self._root = root.float()
         bf16 = self.compute_dtype == torch.bfloat16
         originals = {name: p.data for name, p in root.named_parameters()} if bf16 else {}
-        optimizer = build_adamw(root, self._optimizer_config)
+        optimizer = build_optimizer(root, self._optimizer_config)
         self._engine = self._initialize(root, stage=self._stage, dtype=self.compute_dtype, optimizer=optimizer)
         self._base_optimizer = optimizer
         self._set_masters(originals)
         return self._engine  # type: ignore[no-any-return]
 
-    def prepare_frozen(self, teacher: nn.Module, *, blocks: list[nn.Module], placement: str) -> Callable[..., torch.Tensor]:
+    def prepare_frozen(self, teacher: nn.Module, *, blocks: list[nn.Module], placement: str) -> Callable[..., tuple[torch.Tensor, ...]]:
         """``shard``: the teacher becomes a ZeRO-3 engine of its own, in its own dtype and without an optimiser."""
         if placement == "offload":
             return offload_blocks(teacher, blocks)

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from minitron import dist
 from minitron.engine.offload import offload_blocks
-from minitron.engine.optimizer import OptimizerConfig, build_adamw, clipped_step
+from minitron.engine.optimizer import clipped_step
+from minitron.engine.optimizers import OptimizerConfig, build_optimizer
 from minitron.engine.state import full_tensors, pack, unpack
 
 if TYPE_CHECKING:
@@ -44,10 +45,10 @@ class FsdpEngine:
         fully_shard(root, mesh=self._mesh, mp_policy=dataclasses.replace(self._policy, cast_forward_inputs=False))
         root.to(dist.device())
         self._root = root
-        self._optimizer = build_adamw(root, self._optimizer_config)
+        self._optimizer = build_optimizer(root, self._optimizer_config)
         return root
 
-    def prepare_frozen(self, teacher: nn.Module, *, blocks: list[nn.Module], placement: str) -> Callable[..., torch.Tensor]:
+    def prepare_frozen(self, teacher: nn.Module, *, blocks: list[nn.Module], placement: str) -> Callable[..., tuple[torch.Tensor, ...]]:
         """``shard``: the teacher gets groups of its own, in its own dtype, gathered one block at a time and never whole."""
         if placement == "offload":
             return offload_blocks(teacher, blocks)

@@ -11,7 +11,8 @@ from torch import nn
 
 from minitron import dist
 from minitron.engine.offload import offload_blocks
-from minitron.engine.optimizer import OptimizerConfig, build_adamw, clipped_step
+from minitron.engine.optimizer import clipped_step
+from minitron.engine.optimizers import OptimizerConfig, build_optimizer
 from minitron.engine.state import full_tensors, pack, unpack
 from minitron.errors import ConfigError
 
@@ -32,7 +33,7 @@ class LocalEngine:
     def prepare(self, root: nn.Module, *, blocks: list[nn.Module]) -> Callable[..., dict[str, torch.Tensor]]:
         """Put the module on the device in float32; its forward runs under autocast when computing in bf16."""
         self._root = root.float().to(self._device)
-        self._optimizer = build_adamw(self._root, self._optimizer_config)
+        self._optimizer = build_optimizer(self._root, self._optimizer_config)
 
         def forward(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
             with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
@@ -40,7 +41,7 @@ class LocalEngine:
 
         return forward
 
-    def prepare_frozen(self, teacher: nn.Module, *, blocks: list[nn.Module], placement: str) -> Callable[..., torch.Tensor]:
+    def prepare_frozen(self, teacher: nn.Module, *, blocks: list[nn.Module], placement: str) -> Callable[..., tuple[torch.Tensor, ...]]:
         """The teacher on the device, or in CPU memory with one block on the device at a time."""
         if placement == "shard":
             raise ConfigError("teacher.placement=shard needs several processes: use engine=fsdp or engine=deepspeed under a launcher")
@@ -55,7 +56,7 @@ class LocalEngine:
         return clipped_step(self._optimizer, learning_rate=learning_rate, limit=self._optimizer_config.gradient_clipping)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Weights and AdamW moments."""
+        """Weights and the optimiser's moments."""
         return pack(self._root, self._optimizer)
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:

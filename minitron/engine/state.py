@@ -31,6 +31,8 @@ def unpack(root: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, t
     Raises:
         CheckpointError: a weight is missing or has another shape, as after a change of the number of ranks.
     """
+    # A fused update reads its step counters where the weights are, any other one on the CPU.
+    fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
     for name, parameter in root.named_parameters():
         saved = state.get(f"weight/{name}")
         local = _local(parameter.detach())
@@ -43,13 +45,13 @@ def unpack(root: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, t
         prefix = f"optimizer/{name}/"
         entries = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
         if entries:
-            optimizer.state[parameter] = {key: _restore(value, parameter) for key, value in entries.items()}
+            optimizer.state[parameter] = {key: _restore(value, parameter, fused=id(parameter) in fused) for key, value in entries.items()}
 
 
-def _restore(value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+def _restore(value: torch.Tensor, parameter: nn.Parameter, *, fused: bool) -> torch.Tensor:
     """A saved entry in the form the optimiser keeps it: moments like the parameter, counters as they are."""
     if value.ndim == 0:
-        return value.clone()
+        return value.to(parameter.device, copy=True) if fused else value.clone()
     if isinstance(parameter, DTensor):
         return DTensor.from_local(
             value.to(parameter.to_local().device), parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()

@@ -11,7 +11,7 @@ from torch import nn
 from minitron import dist
 from minitron.core.options import option
 from minitron.log import Progress
-from minitron.models.head import check_linear_head, decoder_of, head_weight
+from minitron.models.head import decoder_of, head_of
 from minitron.ops.kd_loss import IGNORE_INDEX
 from minitron.ops.token_loss import token_losses
 
@@ -32,9 +32,8 @@ def perplexity(model: nn.Module, sequences: torch.Tensor, *, batch_size: int, wh
     Returns:
         ``loss`` (nats per token), ``perplexity``, ``num_tokens`` (predicted ones).
     """
-    check_linear_head(model)
     rank, world = (0, 1) if alone else (dist.rank(), dist.world_size())
-    decoder, head, device = decoder_of(model), head_weight(model), dist.device()
+    decoder, head, device = decoder_of(model), head_of(model), dist.device()
     batches = sequences.split(batch_size)
     total = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, tokens
     bar = Progress(f"evaluate {what}", total=len(sequences), unit="sequence")

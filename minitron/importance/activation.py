@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minitron.importance.experts import ExpertTaps
 from minitron.models.family import Family
 
 
@@ -16,7 +17,7 @@ class ActivationObserver:
     That is the papers' best aggregation, L2 over samples and mean of absolute values over the sequence. What is observed:
     neurons at the input of the down projection (after activation and gate), heads by the L2 norm of their output (input of the
     output projection), hidden channels at the output of every norm, summed over the norms. A kv group's score is the sum of its
-    query heads.
+    query heads. Experts are scored by their routing weight, and their neurons like others, over the tokens routed to them.
     """
 
     needs_forward = True
@@ -29,27 +30,26 @@ class ActivationObserver:
         """Hook the taps; accumulators are float64 on the model's device."""
         shape, taps = family.architecture, family.taps
         device = next(model.parameters()).device
-        self.sums = {
-            "ffn": torch.zeros(shape.num_layers, shape.ffn_size, dtype=torch.float64, device=device),
-            "head": torch.zeros(shape.num_layers, shape.num_heads, dtype=torch.float64, device=device),
-            "hidden": torch.zeros(len(taps.norms), shape.hidden_size, dtype=torch.float64, device=device),
-        }
-        for layer in range(shape.num_layers):
-            model.get_submodule(taps.ffn[layer]).register_forward_pre_hook(self._on_ffn(layer))
-            model.get_submodule(taps.head[layer]).register_forward_pre_hook(self._on_head(layer, shape.num_heads))
+        self.sums = {"hidden": torch.zeros(len(taps.norms), shape.hidden_size, dtype=torch.float64, device=device)}
+        for axis, modules in (("ffn", taps.ffn), ("shared_ffn", taps.shared_ffn), ("head", taps.head)):
+            for layer, name in modules.items():
+                self.sums[f"{axis}.{layer}"] = torch.zeros(shape.size(axis), dtype=torch.float64, device=device)
+                hook = self._on_heads(layer, shape.num_heads) if axis == "head" else self._on_neurons(f"{axis}.{layer}")
+                model.get_submodule(name).register_forward_pre_hook(hook)
+        ExpertTaps(self.sums).attach(model, family)
         for index, name in enumerate(taps.norms):
             model.get_submodule(name).register_forward_hook(self._on_norm(index))
 
-    def _on_ffn(self, layer: int) -> Any:
+    def _on_neurons(self, score: str) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            self.sums["ffn"][layer] += _over_samples(_mean_absolute(args[0]))
+            self.sums[score] += _over_samples(_mean_absolute(args[0]))
 
         return hook
 
-    def _on_head(self, layer: int, num_heads: int) -> Any:
+    def _on_heads(self, layer: int, num_heads: int) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             heads = args[0].unflatten(-1, (num_heads, -1))  # [batch, sequence, heads, head_dim]
-            self.sums["head"][layer] += _over_samples(torch.linalg.vector_norm(heads, dim=-1, dtype=torch.float32).mean(dim=1))
+            self.sums[f"head.{layer}"] += _over_samples(torch.linalg.vector_norm(heads, dim=-1, dtype=torch.float32).mean(dim=1))
 
         return hook
 
@@ -61,13 +61,10 @@ class ActivationObserver:
 
     def scores(self, family: Family, *, num_samples: int) -> dict[str, torch.Tensor]:
         """Roots of the sums; hidden channels summed over norms, groups summed over their heads."""
-        result = {"hidden": self.sums["hidden"].sqrt().sum(dim=0)}
-        groups = family.architecture.num_kv_heads
-        for layer in range(family.architecture.num_layers):
-            heads = self.sums["head"][layer].sqrt()
-            result[f"ffn.{layer}"] = self.sums["ffn"][layer].sqrt()
-            result[f"head.{layer}"] = heads
-            result[f"kv_head.{layer}"] = heads.view(groups, -1).sum(dim=1)
+        result = {name: sums.sqrt() for name, sums in self.sums.items() if name != "hidden"}
+        result["hidden"] = self.sums["hidden"].sqrt().sum(dim=0)
+        for layer in family.taps.head:
+            result[f"kv_head.{layer}"] = result[f"head.{layer}"].view(family.architecture.num_kv_heads, -1).sum(dim=1)
         return result
 
 

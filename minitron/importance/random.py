@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from minitron.core.axes import LAYER_AXES
 from minitron.models.family import Family
 
 
@@ -22,12 +23,16 @@ class RandomObserver:
         """Nothing to observe."""
 
     def scores(self, family: Family, *, num_samples: int) -> dict[str, torch.Tensor]:
-        """One draw per unit."""
-        shape = family.architecture
-        result = {"hidden": torch.rand(shape.hidden_size, generator=self._generator)}
-        for layer in range(shape.num_layers):
-            heads = torch.rand(shape.num_heads, generator=self._generator)
-            result[f"ffn.{layer}"] = torch.rand(shape.ffn_size, generator=self._generator)
-            result[f"head.{layer}"] = heads
-            result[f"kv_head.{layer}"] = heads.view(shape.num_kv_heads, -1).sum(dim=1)
+        """One draw per unit; a kv group's score is the sum of its query heads'."""
+        shape, layout = family.architecture, family.layout
+        result = {"hidden": self._draw(shape.hidden_size)}
+        for axis in LAYER_AXES:
+            for layer in layout.layers_with(axis) if axis != "kv_head" else []:
+                sizes = (shape.num_experts, shape.expert_ffn_size) if axis == "expert_ffn" else (shape.size(axis),)
+                result[f"{axis}.{layer}"] = self._draw(*sizes)
+        for layer in layout.layers_with("head"):
+            result[f"kv_head.{layer}"] = result[f"head.{layer}"].view(shape.num_kv_heads, -1).sum(dim=1)
         return result
+
+    def _draw(self, *sizes: int) -> torch.Tensor:
+        return torch.rand(*sizes, generator=self._generator)

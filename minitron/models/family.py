@@ -8,126 +8,60 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import torch
 from torch import nn
 
 from minitron.core.architecture import Architecture
-from minitron.core.axes import Dim, Layout, ParameterSpec, Segment
+from minitron.core.axes import Coupling, Dim, Layout, ParameterSpec, Segment
 from minitron.errors import ArchitectureError
-from minitron.models.layouts import fused_layout
+from minitron.models.fields import axis_fields, changed_config, experts_per_token, head_dim_of, meta_model
+from minitron.models.layouts import TIED_HEAD_DIM, fused_layout
+from minitron.models.stored import StoredTensor, find_stored, stored_layout
+from minitron.models.taps import NormKind, Taps, embedding_scales_with_hidden, find_norms, find_taps
 
-#: Config fields that hold the size of each axis, most common name first.
-FIELDS = {
-    "hidden": ("hidden_size", "n_embd", "d_model"),
-    "ffn": ("intermediate_size", "ffn_dim", "n_inner"),
-    "head": ("num_attention_heads", "n_head"),
-    "kv_head": ("num_key_value_heads",),
-    "vocab": ("vocab_size",),
-    "layer": ("num_hidden_layers", "n_layer"),
-}
 #: Probe sizes: hidden divides by every head count used, groups divide heads, and no two are equal.
-_PROBE = {"hidden": 204, "ffn": 320, "head": 6, "kv_head": 2}
-_CHANGED = {"hidden": 228, "ffn": 352, "head": 12, "kv_head": 3}
+_PROBE = {"hidden": 204, "ffn": 320, "head": 6, "kv_head": 2, "expert_ffn": 168, "shared_ffn": 184}
+_CHANGED = {"hidden": 228, "ffn": 352, "head": 12, "kv_head": 3, "expert_ffn": 192, "shared_ffn": 200}
 
-
-@dataclass(frozen=True)
-class NormKind:
-    """How a norm computes: whether its statistics are of the RMS kind, and the offset it adds to its weight."""
-
-    rms: bool
-    weight_offset: float
-
-
-@dataclass(frozen=True)
-class Taps:
-    """Module names at which axes are observed: inputs of ``ffn`` and ``head`` modules, outputs of norms, ends of blocks."""
-
-    blocks: list[str]
-    ffn: list[str]
-    head: list[str]
-    norms: list[str]
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model type at one size: shape with layout, taps, the config field of every axis, and its kind of norm."""
+    """One model type at one size.
+
+    ``architecture`` is the shape with its layout; ``fields`` the config field of every axis; ``norms`` every norm over an axis that may be
+    cut, by module name; ``embedding`` the name of the embedding's weight; ``scaled_embedding`` whether the model multiplies embeddings by
+    sqrt(hidden size), as Gemma does.
+    """
 
     model_type: str
     architecture: Architecture
     taps: Taps
     fields: dict[str, str]
-    norm: NormKind
+    norms: dict[str, NormKind]
+    embedding: str
+    scaled_embedding: bool
+    stored: tuple[StoredTensor, ...]
 
     @property
     def layout(self) -> Layout:
-        """The map from parameters to axes."""
+        """The map from the parameters in memory to axes."""
         assert self.architecture.layout is not None
         return self.architecture.layout
 
+    @cached_property
+    def stored_layout(self) -> Layout:
+        """The map from the tensors in a checkpoint to axes; it differs where transformers fuses experts while loading."""
+        return stored_layout(self.stored, self.layout)
 
-def meta_model(config: Any) -> nn.Module:
-    """The model of a config on the meta device: shapes without weights.
-
-    Raises:
-        ArchitectureError: transformers has no causal LM for this config, or refuses its sizes.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # transformers raises many types here; all of them mean that this config cannot be built
-        raise ArchitectureError(f"transformers cannot build a causal LM of type '{config.model_type}': {_first_line(error)}") from error
-
-
-def changed_config(config: Any, changes: dict[str, Any]) -> Any:
-    """A validated copy of a config with some fields changed.
-
-    Raises:
-        ArchitectureError: the family's config class refuses the values.
-    """
-    values = config.to_dict()
-    values.update(changes)
-    try:
-        return type(config).from_dict(values)
-    except Exception as error:  # strict dataclass validation raises its own types
-        raise ArchitectureError(f"a {config.model_type} config cannot have {changes}: {_first_line(error)}") from error
-
-
-def resized_config(config: Any, family: Family, shape: Architecture) -> Any:
-    """A config with the sizes of another shape and all its layers, to ask whether the family's config class takes them.
-
-    Raises:
-        ArchitectureError: it does not (some want hidden_size to divide by the heads).
-    """
-    sizes = {name: shape.size(axis) for axis, name in family.fields.items() if axis in ("hidden", "ffn", "head", "kv_head")}
-    return changed_config(config, {**sizes, "head_dim": shape.head_dim})
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) if lines else type(error).__name__
-
-
-def axis_fields(config: Any) -> dict[str, str]:
-    """The config field that holds each axis's size."""
-    fields = {}
-    for axis, names in FIELDS.items():
-        present = [name for name in names if getattr(config, name, None) is not None]
-        if present:
-            fields[axis] = present[0]
-    missing = {"hidden", "ffn", "head", "layer", "vocab"} - set(fields)
-    if missing:
-        raise ArchitectureError(f"the {config.model_type} config has no field for {', '.join(sorted(missing))}")
-    return fields
-
-
-def head_dim_of(config: Any, fields: dict[str, str]) -> int:
-    """The head width, which some configs leave implicit."""
-    explicit = getattr(config, "head_dim", None)
-    return int(explicit) if explicit else int(getattr(config, fields["hidden"])) // int(getattr(config, fields["head"]))
+    @property
+    def final_norm(self) -> str:
+        """The name of the norm after the last layer."""
+        outside = [spec.module for spec in self.layout.parameters if spec.layer is None]
+        return next(name for name in reversed(outside) if name in self.norms)
 
 
 _FOUND: dict[str, Family] = {}
@@ -145,35 +79,106 @@ def discover(config: Any) -> Family:
     return _FOUND[key]
 
 
+def resized_config(config: Any, family: Family, shape: Architecture) -> Any:
+    """A config with the sizes of another shape and all its layers, to ask whether the family's config class takes them.
+
+    Raises:
+        ArchitectureError: it does not (some want hidden_size to divide by the heads).
+    """
+    sizes = {name: shape.size(axis) for axis, name in family.fields.items() if axis not in ("layer", "vocab")}
+    return changed_config(config, {**sizes, "head_dim": shape.head_dim})
+
+
 def _discover(config: Any) -> Family:
     if getattr(config, "is_encoder_decoder", False):
         raise ArchitectureError(f"'{config.model_type}' is an encoder-decoder; minitron prunes decoder-only models")
     fields = axis_fields(config)
     head_dim = head_dim_of(config, fields)
-    knobs = [axis for axis in ("hidden", "ffn", "head", "kv_head") if axis in fields]
-    base_sizes = {axis: _PROBE[axis] for axis in knobs} | {"vocab": int(config.vocab_size)}
-    base_fields = {fields[axis]: size for axis, size in base_sizes.items()} | {"head_dim": head_dim}
-    base = meta_model(changed_config(config, base_fields))
-    shapes = {name: tuple(p.shape) for name, p in base.named_parameters()}
-    moved: dict[str, dict[str, tuple[int, ...]]] = {}
-    for axis in [*knobs, "vocab"]:
-        size = _CHANGED.get(axis, base_sizes[axis] + 64)
-        variant = meta_model(changed_config(config, base_fields | {fields[axis]: size}))
-        moved[axis] = {name: tuple(p.shape) for name, p in variant.named_parameters()}
-        base_sizes[f"{axis}'"] = size
-
+    probe = _Probe(config, fields, head_dim)
     num_layers = int(getattr(config, fields["layer"]))
-    prefix = _layer_prefix(list(shapes), num_layers, config.model_type)
-    specs = [_explain(name, shape, moved, base_sizes, prefix, config.model_type, head_dim) for name, shape in shapes.items()]
-    layout = Layout(tuple(specs), prefix)
+    prefix = layer_prefix(list(probe.shapes), num_layers, config.model_type)
+    specs = [_explain(name, probe, prefix, config.model_type) for name in probe.shapes]
+    axes = {axis for spec in specs for axis in spec.axes()}
+    couplings = _couplings(probe, axes)
+    layout = Layout(tuple(specs), prefix, couplings)
+    fields = _fields_of_axes(fields, axes)
     architecture = _architecture(config, fields, head_dim, layout)
-    _check(architecture, config)
-    taps = _taps(base, layout, num_layers)
-    return Family(config.model_type, architecture, taps, fields, _norm_kind(base, taps.norms[0], _PROBE["hidden"]))
+    real = meta_model(config)
+    _check(architecture, real, config.model_type)
+    norms = find_norms(probe.base, layout, probe.size_of)
+    embedding = _embedding_name(real)
+    return Family(
+        config.model_type,
+        architecture,
+        find_taps(layout, norms),
+        fields,
+        norms,
+        embedding,
+        embedding_scales_with_hidden(config, fields, head_dim, implied_head_dim=probe.implied_head_dim),
+        find_stored(config, fields, layout, head_dim),
+    )
 
 
-def _layer_prefix(names: list[str], num_layers: int, model_type: str) -> str:
-    """The name prefix whose following number runs over exactly the layers."""
+class _Probe:
+    """Shapes of the base model and of one variant per knob."""
+
+    def __init__(self, config: Any, fields: dict[str, str], head_dim: int) -> None:
+        self.config, self.fields, self.head_dim = config, fields, head_dim
+        self.sizes = {axis: _PROBE[axis] for axis in fields if axis in _PROBE} | {"vocab": int(config.vocab_size)}
+        if "expert" in fields:
+            self.sizes["expert"] = int(getattr(config, fields["expert"]))
+        if "kv_head" not in fields:
+            self.sizes["kv_head"] = self.sizes["head"]
+        self.implied_head_dim = self._head_dim_is_implied()
+        if self.implied_head_dim:
+            self.sizes["hidden"] = self.sizes["head"] * head_dim
+        self.base = self._build({})
+        self.shapes = _shapes(self.base)
+        self.buffers = set(self.shapes) - {name for name, _ in self.base.named_parameters()}
+        self.steps: dict[str, int] = {}
+        self.moved: dict[str, Shapes] = {}
+        for axis in [axis for axis in fields if axis != "layer"]:
+            if self.implied_head_dim and axis == "head":
+                continue  # moves together with hidden; where heads are is noted
+            changed = {axis: _CHANGED.get(axis, self.sizes[axis] * 2 if axis == "expert" else self.sizes[axis] + 64)}
+            if self.implied_head_dim and axis == "hidden":
+                changed = {"hidden": _CHANGED["head"] * head_dim, "head": _CHANGED["head"]}
+            self.steps[axis] = changed[axis] - self.sizes[axis]
+            self.moved[axis] = _shapes(self._build(changed))
+
+    def size_of(self, axis: str) -> int:
+        """Units of an axis in the base model."""
+        knob = {"expert_ffn": "ffn", "shared_ffn": "expert_ffn"}
+        while axis not in self.sizes and axis in knob:
+            axis = knob[axis]
+        return self.sizes[axis]
+
+    def _build(self, changed: dict[str, int], **more: int) -> nn.Module:
+        sizes = {**self.sizes, **changed}
+        values = {field: sizes[axis] for axis, field in self.fields.items() if axis in sizes}
+        return meta_model(changed_config(self.config, values | {"head_dim": self.head_dim} | more))
+
+    def _head_dim_is_implied(self) -> bool:
+        """Whether the family computes its head dimension as hidden / heads whatever its config says."""
+        if self.config.model_type in TIED_HEAD_DIM:
+            return True
+        sizes = {"hidden": self.sizes["head"] * self.head_dim}
+        return _shapes(self._build(sizes)) == _shapes(self._build(sizes, head_dim=2 * self.head_dim))
+
+
+def _shapes(model: nn.Module) -> Shapes:
+    """Shapes of all parameters (tied ones once) and of the buffers that are saved with them."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return shapes | {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
+
+
+def layer_prefix(names: list[str], num_layers: int, model_type: str) -> str:
+    """The name prefix whose following number runs over exactly the layers.
+
+    Raises:
+        ArchitectureError: there is none.
+    """
     seen: dict[str, set[int]] = {}
     for name in names:
         match = re.match(r"(.*?\.)(\d+)\.", name)
@@ -185,99 +190,100 @@ def _layer_prefix(names: list[str], num_layers: int, model_type: str) -> str:
     raise ArchitectureError(f"no list of {num_layers} layers was found among the parameters of '{model_type}'")
 
 
-def _explain(
-    name: str,
-    shape: tuple[int, ...],
-    moved: dict[str, dict[str, tuple[int, ...]]],
-    sizes: dict[str, int],
-    prefix: str,
-    model_type: str,
-    head_dim: int,
-) -> ParameterSpec:
+def _explain(name: str, probe: _Probe, prefix: str, model_type: str) -> ParameterSpec:
     """The axes of one parameter, from how its shape moved under each knob."""
+    shape = probe.shapes[name]
     match = re.match(re.escape(prefix) + r"(\d+)\.(.*)", name)
     layer, suffix = (int(match.group(1)), match.group(2)) if match else (None, name)
-    natural = {"head": head_dim, "kv_head": head_dim}
+    for knob, other in probe.moved.items():
+        if name not in other or len(other[name]) != len(shape):
+            raise ArchitectureError(
+                f"parameter '{name}' of '{model_type}' appears or vanishes with {probe.fields[knob]}: this family is not supported"
+            )
+    has_experts = "expert" in probe.moved and probe.moved["expert"][name] != shape
     dims: list[Dim] = []
     for position, size in enumerate(shape):
-        widths = {}
-        for axis, other in moved.items():
-            if name not in other or len(other[name]) != len(shape):
-                raise ArchitectureError(f"parameter '{name}' of '{model_type}' appears or vanishes with {axis}: this family is not supported")
-            delta = other[name][position] - size
-            if delta:
-                widths[axis] = delta / (sizes[f"{axis}'"] - sizes[axis])
-        noted = fused_layout(model_type, suffix, position, head_dim)
-        if noted is not None:
+        widths = {knob: (other[name][position] - size) / probe.steps[knob] for knob, other in probe.moved.items() if other[name][position] != size}
+        noted = fused_layout(model_type, suffix, position, probe.head_dim)
+        if noted is not None and sum(segment.size(probe.size_of) for segment in noted) == size:
             dims.append(noted)
         elif not widths:
             dims.append((Segment(None, size),))
         else:
-            axis, width = next(iter(widths.items()))
-            if len(widths) > 1 or width != natural.get(axis, 1) or width * sizes[axis] != size:
-                story = ", ".join(f"{w:g} per {a}" for a, w in widths.items())
+            knob, width = next(iter(widths.items()))
+            if len(widths) > 1 or width != int(width) or width * probe.sizes[knob] != size:
+                story = ", ".join(f"{w:g} per {probe.fields[k]}" for k, w in widths.items())
                 raise ArchitectureError(
                     f"dimension {position} of parameter '{name}' of '{model_type}' is fused or tied ({story}), and its order is not known"
                 )
-            dims.append((Segment(axis, int(width)),))
-    return ParameterSpec(name, tuple(dims), layer)
+            dims.append((Segment(_axis_of_knob(knob, has_experts), int(width)),))
+    return ParameterSpec(name, tuple(dims), layer, buffer=name in probe.buffers)
+
+
+def _axis_of_knob(knob: str, has_experts: bool) -> str:
+    """One field may size the neurons of experts in some parameters and of plain or shared MLPs in others."""
+    if has_experts:
+        return "expert_ffn" if knob in ("ffn", "expert_ffn") else knob
+    return "shared_ffn" if knob == "expert_ffn" else knob
+
+
+def _fields_of_axes(fields: dict[str, str], axes: set[str]) -> dict[str, str]:
+    """The field of every axis that some parameter carries; sizes that move nothing are dropped."""
+    found = {axis: field for axis, field in fields.items() if axis in axes or axis in ("layer", "head", "kv_head")}
+    if "expert_ffn" in axes and "expert_ffn" not in found:
+        found["expert_ffn"] = fields["ffn"]
+    if "shared_ffn" in axes and "shared_ffn" not in found:
+        found["shared_ffn"] = fields["expert_ffn"]
+    return found
+
+
+def _couplings(probe: _Probe, axes: set[str]) -> tuple[Coupling, ...]:
+    """Sizes that one config field, or the family's code, ties to each other."""
+    found = []
+    if probe.implied_head_dim:
+        found.append(Coupling("hidden", "head", probe.head_dim))
+    if "kv_head" not in axes:
+        found.append(Coupling("kv_head", "head", 1))
+    if "shared_ffn" in axes and "shared_ffn" not in probe.fields:
+        found.append(Coupling("shared_ffn", "expert_ffn", 1))
+    if {"ffn", "expert_ffn"} <= axes and "expert_ffn" not in probe.fields:
+        found.append(Coupling("ffn", "expert_ffn", 1))
+    return tuple(found)
 
 
 def _architecture(config: Any, fields: dict[str, str], head_dim: int, layout: Layout) -> Architecture:
-    num_heads = int(getattr(config, fields["head"]))
+    def size(axis: str) -> int:
+        return int(getattr(config, fields[axis])) if axis in fields else 0
+
     return Architecture(
-        num_layers=int(getattr(config, fields["layer"])),
-        hidden_size=int(getattr(config, fields["hidden"])),
-        ffn_size=int(getattr(config, fields["ffn"])),
-        num_heads=num_heads,
-        num_kv_heads=int(getattr(config, fields["kv_head"])) if "kv_head" in fields else num_heads,
+        num_layers=size("layer"),
+        hidden_size=size("hidden"),
+        ffn_size=size("ffn"),
+        num_heads=size("head"),
+        num_kv_heads=size("kv_head") or size("head"),
         head_dim=head_dim,
         vocab_size=int(config.vocab_size),
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+        num_experts=size("expert"),
+        expert_ffn_size=size("expert_ffn"),
+        shared_ffn_size=size("shared_ffn"),
+        num_experts_per_token=experts_per_token(config) if "expert" in fields else 0,
         layout=layout,
     )
 
 
-def _check(architecture: Architecture, config: Any) -> None:
+def _check(architecture: Architecture, model: nn.Module, model_type: str) -> None:
     """Compare the map with the real config's shapes, so that nothing about the probe is taken on trust."""
     assert architecture.layout is not None
-    real = {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}
+    real = _shapes(model)
     predicted = {spec.name: spec.shape(architecture.size) for spec in architecture.layout.parameters}
-    for name in real.keys() | predicted.keys():
+    for name in sorted(real.keys() | predicted.keys()):
         if real.get(name) != predicted.get(name):
             raise ArchitectureError(
-                f"'{config.model_type}' is not supported: parameter '{name}' has shape {real.get(name)}, its axes predict {predicted.get(name)}"
+                f"'{model_type}' is not supported: parameter '{name}' has shape {real.get(name)}, its axes predict {predicted.get(name)}"
             )
 
 
-def _taps(model: nn.Module, layout: Layout, num_layers: int) -> Taps:
-    """Modules whose input dimension is ``ffn`` or ``head``, and those that hold nothing but vectors over ``hidden``."""
-    by_module: dict[str, list[ParameterSpec]] = {}
-    for spec in layout.parameters:
-        by_module.setdefault(spec.name.rpartition(".")[0], []).append(spec)
-    inputs: dict[str, list[str]] = {"ffn": [], "head": []}
-    norms = []
-    for module, specs in by_module.items():
-        matrices = [spec for spec in specs if len(spec.dims) == 2]
-        for axis in inputs:
-            if any({segment.axis for segment in spec.dims[1]} == {axis} for spec in matrices):
-                inputs[axis].append(module)
-        if not matrices and all(spec.dims == ((Segment("hidden"),),) for spec in specs):
-            norms.append(module)
-    for axis, found in inputs.items():
-        if len(found) != num_layers:
-            raise ArchitectureError(f"{len(found)} modules take the '{axis}' axis as input, not one for each of the {num_layers} layers")
-    return Taps([f"{layout.layer_prefix}{i}" for i in range(num_layers)], inputs["ffn"], inputs["head"], norms)
-
-
-def _norm_kind(model: nn.Module, name: str, width: int) -> NormKind:
-    """Try one norm on numbers: a layer norm ignores a shift of its input; with weight zero only an offset remains."""
-    norm: Any = model.get_submodule(name).to_empty(device="cpu").float()
-    x = torch.linspace(-1.0, 2.0, width).unsqueeze(0)
-    with torch.no_grad():
-        for parameter in norm.parameters():
-            parameter.zero_()
-        offset = 1.0 if norm(x).abs().max() > 0 else 0.0
-        norm.weight.fill_(1.0 - offset)
-        rms = bool((norm(x) - norm(x + 3.0)).abs().max() > 1e-3)
-    return NormKind(rms, offset)
+def _embedding_name(model: nn.Module) -> str:
+    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    return next(name for name, parameter in model.named_parameters() if parameter is weight)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from minitron import dist
 from minitron.core.options import option
-from minitron.errors import CheckpointError, ConfigError
+from minitron.errors import CheckpointError, ConfigError, nearest
 from minitron.log import get_logger
 from minitron.paths import cache_dir
 
@@ -35,6 +35,9 @@ class TeacherConfig:
     placement: str = option("replicate", "where the teacher lies while distilling: replicate, shard, offload or cached", recorded=True)
     trust_remote_code: bool = option(False, "run modelling code that comes with the checkpoint", recorded=True)
     revision: str | None = option(None, "hub revision")
+    more: list[dict[str, Any]] | None = option(
+        None, "further teachers of the same tokenizer: list of {path, weight}; the loss is the weighted mean, the first weighing 1", recorded=True
+    )
     config: dict[str, Any] | None = option(None, "a complete HF config, for stages that need no weights", recorded=True)
     note: str | None = option(None, "a remark on the teacher's origin, shown in reports", recorded=True)
 
@@ -61,6 +64,44 @@ def resolve_teacher(config: TeacherConfig, *, only_config: bool = False) -> Path
     if looks_local:
         raise CheckpointError(f"teacher.path={config.path} does not exist")
     return _from_hub(config.path, config.revision, ["config.json"] if only_config else _HUB_FILES)
+
+
+def check_further_teachers(config: TeacherConfig) -> list[tuple[str, float]]:
+    """Paths and weights of the teachers beside the first, checked but not looked for.
+
+    Raises:
+        ConfigError: an entry without a path, with an unknown key, or with a weight that is not positive.
+    """
+    found = []
+    for number, entry in enumerate(config.more or ()):
+        where = f"teacher.more[{number}]"
+        for key in entry:
+            if key not in ("path", "weight"):
+                raise ConfigError(f"{where} has no key '{key}'; {nearest(str(key), ('path', 'weight'))}")
+        path, weight = entry.get("path"), entry.get("weight", 1.0)
+        if not isinstance(path, str) or not path:
+            raise ConfigError(f"{where}.path={path!r} names no teacher: give a folder, hub id or .gguf file")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+            raise ConfigError(f"{where}.weight={weight!r} must be a number above 0")
+        found.append((path, float(weight)))
+    return found
+
+
+def further_teachers(config: TeacherConfig) -> list[tuple[Path, float]]:
+    """Folders and weights of the teachers beside the first, fetched or converted when needed.
+
+    Raises:
+        ConfigError, CheckpointError: as ``check_further_teachers`` and ``resolve_teacher``.
+    """
+    found = []
+    for number, (path, weight) in enumerate(check_further_teachers(config)):
+        try:
+            folder = resolve_teacher(replace(config, path=path, revision=None, more=None))
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace("teacher.path=", f"teacher.more[{number}].path=", 1)) from error
+        assert folder is not None
+        found.append((folder, weight))
+    return found
 
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
@@ -216,13 +257,17 @@ def check_has_weights(folder: Path) -> None:
     """Refuse a folder without safetensors.
 
     Raises:
-        CheckpointError: there are none, or the index names a file that is not there.
+        CheckpointError: there are none, or the index is damaged or names a file that is not there.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is no Hugging Face model folder: it has no config.json")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        missing = sorted({name for name in json.loads(index.read_text())["weight_map"].values() if not (folder / name).is_file()})
+        try:
+            files = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is damaged: it is no index of weights") from error
+        missing = [name for name in files if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(f"{folder} lacks the weight file {missing[0]} that its index names")
     elif not (folder / "model.safetensors").is_file():

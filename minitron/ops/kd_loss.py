@@ -1,8 +1,9 @@
 """Losses on logits without logits: both heads are applied chunk by chunk and the gradient is computed on the way.
 
-The whole ``[tokens, vocab]`` tensor never exists. Per chunk of rows: student and teacher logits in float32, every row loss and
-its gradient with respect to the student's logits, then the chunk's share of the gradients of hidden states and head, the
-latter accumulated in float32. Nothing is recomputed in the backward pass, which only scales by the incoming gradient.
+The whole ``[tokens, vocab]`` tensor never exists. Per chunk of rows: student and teacher logits in float32 with whatever each head
+does to them (its bias, scale and cap), every row loss and its gradient with respect to the student's logits, then the chunk's share of
+the gradients of hidden states and head, the latter accumulated in float32. Nothing is recomputed in the backward pass, which only
+scales by the incoming gradient.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 
 from minitron.core.protocols import RowLoss
+from minitron.ops.head import Head
 
 IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
 class WeightedRowLoss:
-    """A row loss, its name in logs and its weight in the total."""
+    """A row loss, its name in logs and its weight in the total; one of weight 0 is only measured."""
 
     name: str
     weight: float
@@ -33,18 +35,6 @@ def default_chunk_size(device: torch.device) -> int:
     return 1024 if device.type == "cuda" else 512
 
 
-def float32_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``hidden @ weight.T`` [rows, vocab] with float32 results; rounding logits to bf16 makes KD gradients wrong by percents.
-
-    CUDA writes float32 out of a bf16 product. CPU builds of torch have no such product, so there the operands are float32.
-    """
-    if hidden.dtype == torch.float32 and weight.dtype == torch.float32:
-        return hidden @ weight.T
-    if hidden.device.type == "cuda":
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)  # type: ignore[call-overload]
-    return hidden.float() @ weight.float().T
-
-
 def _accumulate_head_gradient(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
     """``total += gradient.T @ hidden`` in float32 [vocab, hidden]."""
     if hidden.device.type == "cuda" and hidden.dtype != torch.float32:
@@ -53,75 +43,119 @@ def _accumulate_head_gradient(total: torch.Tensor, gradient: torch.Tensor, hidde
         total.addmm_(gradient.T, hidden.float())
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What the walk knows of its rows beside the student: everything that receives no gradient."""
+
+    labels: torch.Tensor
+    losses: tuple[WeightedRowLoss, ...]
+    denominator: torch.Tensor
+    token_weights: torch.Tensor | None
+    teacher_hidden: torch.Tensor | None
+    teacher_head: Head | None
+    temperature: float
+    compute_dtype: torch.dtype
+    chunk_size: int
+
+    def check(self, student_hidden: torch.Tensor, student_head: Head) -> None:
+        """Raise ValueError where shapes do not match or the teacher is missing."""
+        tokens, vocab = self.labels.shape[0], student_head.num_tokens
+        needing = [loss.name for loss in self.losses if loss.function.needs_teacher]
+        if needing and (self.teacher_hidden is None or self.teacher_head is None):
+            raise ValueError(f"loss '{needing[0]}' needs the teacher's hidden states and head")
+        if student_hidden.shape[0] != tokens or (self.teacher_hidden is not None and self.teacher_hidden.shape[0] != tokens):
+            raise ValueError(f"{tokens} labels for {student_hidden.shape[0]} rows of hidden states")
+        if self.teacher_head is not None and self.teacher_head.num_tokens != vocab:
+            raise ValueError(f"the student's vocabulary has {vocab} rows, the teacher's {self.teacher_head.num_tokens}")
+        if self.token_weights is not None and self.token_weights.shape not in ((tokens,), (len(self.losses), tokens)):
+            raise ValueError(f"weights of shape {list(self.token_weights.shape)} for {len(self.losses)} losses on {tokens} tokens")
+
+    def scales(self, rows: slice, valid: torch.Tensor) -> list[torch.Tensor]:
+        """For every loss what each row counts in it, [rows]: 0 where the row is ignored, one and the same tensor unless weights differ."""
+        if self.token_weights is None:
+            return [valid.float() / self.denominator] * len(self.losses)
+        weights = torch.where(valid, self.token_weights[..., rows].float(), 0.0) / self.denominator
+        return list(weights) if weights.ndim == 2 else [weights] * len(self.losses)
+
+    def terms(
+        self, logits: torch.Tensor, teacher_logits: torch.Tensor | None, rows: slice, values: torch.Tensor, *, gradient: bool
+    ) -> torch.Tensor | None:
+        """Add a chunk's terms to ``values`` [losses]; the gradient of the student's logits [rows, vocab], all but masked."""
+        labels = self.labels[rows]
+        valid = labels != IGNORE_INDEX
+        scales = self.scales(rows, valid)
+        one_scale = self.token_weights is None or self.token_weights.ndim == 1
+        total: torch.Tensor | None = None
+        for index, loss in enumerate(self.losses):
+            wanted = gradient and loss.weight != 0.0
+            value, slope = loss.function(logits, teacher_logits, labels, temperature=self.temperature, gradient=wanted)
+            values[index] += (torch.where(valid, value, 0.0) * scales[index]).sum()
+            if slope is None:
+                continue
+            if not one_scale:
+                slope *= (scales[index] * loss.weight)[:, None]
+            elif loss.weight != 1.0:
+                slope *= loss.weight
+            total = slope if total is None else total.add_(slope)
+        return total.mul_(scales[0][:, None]) if total is not None and one_scale else total
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        student_hidden: torch.Tensor,
-        student_weight: torch.Tensor,
-        teacher_hidden: torch.Tensor | None,
-        teacher_weight: torch.Tensor | None,
-        labels: torch.Tensor,
-        losses: Sequence[WeightedRowLoss],
-        denominator: torch.Tensor,
-        temperature: float,
-        compute_dtype: torch.dtype,
-        chunk_size: int,
+        ctx: Any, student_hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, student_head: Head, walk: _Rows
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        # On a CPU the weight is cast once here rather than once a chunk.
-        logit_dtype = compute_dtype if student_hidden.device.type == "cuda" else torch.float32
-        hidden, weight = student_hidden.to(logit_dtype), student_weight.to(logit_dtype)
-        t_hidden = t_weight = None
-        if teacher_hidden is not None and teacher_weight is not None:
-            t_hidden, t_weight = teacher_hidden.to(logit_dtype), teacher_weight.to(logit_dtype)
-        values = torch.zeros(len(losses), dtype=torch.float32, device=hidden.device)
-        hidden_gradient = torch.empty_like(student_hidden) if needs_gradient else None
-        weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_gradient else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, hidden.shape[0], chunk_size):
-                rows = slice(start, start + chunk_size)
-                valid = labels[rows] != IGNORE_INDEX
-                scale = valid.float() / denominator  # [rows]
-                logits = float32_logits(hidden[rows], weight)
-                t_logits = float32_logits(t_hidden[rows], t_weight) if t_hidden is not None and t_weight is not None else None
-                total_gradient: torch.Tensor | None = None
-                for index, loss in enumerate(losses):
-                    value, gradient = loss.function(logits, t_logits, labels[rows], temperature=temperature, gradient=needs_gradient)
-                    values[index] += torch.where(valid, value, 0.0).sum() / denominator
-                    if gradient is not None:
-                        if loss.weight != 1.0:
-                            gradient *= loss.weight
-                        total_gradient = gradient if total_gradient is None else total_gradient.add_(gradient)
-                if total_gradient is not None and hidden_gradient is not None and weight_gradient is not None:
-                    # filled, not multiplied by zero: a masked row may hold inf or nan, and 0 * nan is nan
-                    total_gradient = total_gradient.mul_(scale[:, None]).masked_fill_(~valid[:, None], 0.0)
-                    hidden_gradient[rows] = (total_gradient.to(compute_dtype) @ student_weight.to(compute_dtype)).to(student_hidden.dtype)
-                    _accumulate_head_gradient(weight_gradient, total_gradient, torch.where(valid[:, None], hidden[rows], 0.0))
+        needed = any(ctx.needs_input_grad)
+        values = torch.zeros(len(walk.losses), dtype=torch.float32, device=student_hidden.device)
+        weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needed else None
+        bias_gradient = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if needed and bias is not None else None
+        hidden_gradient = torch.zeros_like(student_hidden) if needed else None
+        head = student_head.ready(walk.compute_dtype)  # cast once here rather than once a chunk
+        teacher = None if walk.teacher_head is None else walk.teacher_head.ready(walk.compute_dtype)
+        with torch.autocast(student_hidden.device.type, enabled=False):
+            for start in range(0, student_hidden.shape[0], walk.chunk_size):
+                rows = slice(start, start + walk.chunk_size)
+                hidden = student_hidden[rows].to(head.weight.dtype)
+                logits = head.logits(hidden)
+                teacher_logits = None
+                if teacher is not None and walk.teacher_hidden is not None:
+                    teacher_logits = teacher.logits(walk.teacher_hidden[rows].to(teacher.weight.dtype))
+                gradient = walk.terms(logits, teacher_logits, rows, values, gradient=needed)
+                if gradient is None or hidden_gradient is None or weight_gradient is None:
+                    continue
+                masked = (walk.labels[rows] == IGNORE_INDEX)[:, None]
+                # filled, not multiplied by zero: a masked row may hold inf or nan, and 0 * nan is nan
+                gradient = head.transform.backward_(gradient, logits).masked_fill_(masked, 0.0)
+                hidden_gradient[rows] = (gradient.to(walk.compute_dtype) @ weight.to(walk.compute_dtype)).to(student_hidden.dtype)
+                _accumulate_head_gradient(weight_gradient, gradient, hidden.masked_fill(masked, 0.0))
+                if bias_gradient is not None:
+                    bias_gradient += gradient.sum(dim=0)
         if hidden_gradient is not None and weight_gradient is not None:
-            ctx.save_for_backward(hidden_gradient, weight_gradient.to(student_weight.dtype))
-        weights = torch.tensor([loss.weight for loss in losses], device=hidden.device)
+            last = None if bias is None or bias_gradient is None else bias_gradient.to(bias.dtype)
+            ctx.save_for_backward(hidden_gradient, weight_gradient.to(weight.dtype), last)
         ctx.mark_non_differentiable(values)
+        weights = torch.tensor([loss.weight for loss in walk.losses], device=values.device)
         return (values * weights).sum(), values
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_gradient, weight_gradient = ctx.saved_tensors
-        scale = grads[0]
-        hidden = (hidden_gradient * scale).to(hidden_gradient.dtype) if ctx.needs_input_grad[0] else None
-        weight = (weight_gradient * scale).to(weight_gradient.dtype) if ctx.needs_input_grad[1] else None
-        return hidden, weight, None, None, None, None, None, None, None, None
+        scaled = [
+            (gradient * grads[0]).to(gradient.dtype) if gradient is not None and needed else None
+            for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        ]
+        return *scaled, None, None
 
 
 def fused_linear_losses(
     student_hidden: torch.Tensor,
-    student_weight: torch.Tensor,
+    student_head: Head,
     labels: torch.Tensor,
     losses: Sequence[WeightedRowLoss],
     *,
     denominator: torch.Tensor,
     teacher_hidden: torch.Tensor | None = None,
-    teacher_weight: torch.Tensor | None = None,
+    teacher_head: Head | None = None,
+    token_weights: torch.Tensor | None = None,
     temperature: float = 1.0,
     compute_dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
@@ -130,39 +164,34 @@ def fused_linear_losses(
 
     Args:
         student_hidden: [tokens, student hidden], after the final norm.
-        student_weight: [vocab, student hidden], the head.
+        student_head: weight [vocab, student hidden] and bias, which receive gradients, and their transform.
         labels: [tokens] int64, the token that each row predicts; rows with :data:`IGNORE_INDEX` are inert.
         losses: row losses with their weights.
         denominator: 0-d float tensor, the number of valid tokens of the whole optimiser step.
         teacher_hidden: [tokens, teacher hidden]; needed when a loss needs the teacher.
-        teacher_weight: [vocab, teacher hidden].
+        teacher_head: of the same vocabulary as the student's.
+        token_weights: [tokens], or [losses, tokens] with a row for each loss; multiplies every row's loss, value and gradient. The
+            denominator stays what it is: a token of weight 0 still counts in it, and weights of mean 1 keep the scale of the loss.
         temperature: divides both logits; divergences carry its square in value and gradient.
         compute_dtype: dtype of the products with the head (bf16 or float32); statistics and losses are always float32.
         chunk_size: rows per chunk; None picks by device.
 
     Returns:
-        The total (differentiable, 0-d float32) and the unweighted terms (detached, [losses] float32).
+        The total (differentiable, 0-d float32) and the terms before their weights in the mixture (detached, [losses] float32).
 
     Raises:
         ValueError: shapes or vocabularies do not match, or a loss needs a teacher that is not given.
     """
-    if teacher_hidden is None and any(loss.function.needs_teacher for loss in losses):
-        raise ValueError(f"loss '{next(x.name for x in losses if x.function.needs_teacher)}' needs the teacher's hidden states")
-    if student_hidden.shape[0] != labels.shape[0] or (teacher_hidden is not None and teacher_hidden.shape[0] != labels.shape[0]):
-        raise ValueError(f"{labels.shape[0]} labels for {student_hidden.shape[0]} rows of hidden states")
-    if teacher_weight is not None and teacher_weight.shape[0] != student_weight.shape[0]:
-        raise ValueError(f"the student's vocabulary has {student_weight.shape[0]} rows, the teacher's {teacher_weight.shape[0]}")
-    if teacher_hidden is not None:
-        teacher_hidden = teacher_hidden.detach()
-    return _ChunkedLoss.apply(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        None if teacher_weight is None else teacher_weight.detach(),
+    walk = _Rows(
         labels,
         tuple(losses),
         denominator,
+        token_weights,
+        None if teacher_hidden is None else teacher_hidden.detach(),
+        None if teacher_head is None else teacher_head.detached(),
         temperature,
         compute_dtype,
         chunk_size or default_chunk_size(student_hidden.device),
     )
+    walk.check(student_hidden, student_head)
+    return _ChunkedLoss.apply(student_hidden, student_head.weight, student_head.bias, student_head.detached(), walk)

@@ -1,6 +1,6 @@
 """Weight surgery: a pure function from weights, plan and family to weights."""
 
 from minitron.prune.proof import prove
-from minitron.prune.surgery import prune_weights, target_config
+from minitron.prune.surgery import layout_of, prune_weights, target_config
 
-__all__ = ["prove", "prune_weights", "target_config"]
+__all__ = ["layout_of", "prove", "prune_weights", "target_config"]

@@ -1,119 +1,188 @@
-"""The proof that a family is understood: masking units in the teacher and cutting them out give the same logits."""
+"""The proof that a family is understood: removing units from the teacher's computation and cutting them out give the same logits."""
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
-import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from minitron.core.architecture import Architecture
-from minitron.core.axes import Segment
+from minitron.core.axes import LAYER_AXES
 from minitron.core.plan import PrunePlan, make_plan
 from minitron.core.scores import ImportanceScores
 from minitron.errors import ArchitectureError
-from minitron.models.family import Family, changed_config, discover
+from minitron.models.family import Family, discover
+from minitron.models.fields import small_config
 from minitron.models.load import model_from_weights
-from minitron.prune.surgery import is_hidden_norm, prune_weights, target_config
+from minitron.models.stored import to_stored
+from minitron.prune.masking import masked_logits
+from minitron.prune.surgery import prune_weights, target_config
 
-_TINY = {"hidden": 48, "ffn": 40, "head": 8, "kv_head": 4, "layer": 3, "vocab": 64}
-_CUTS = {"layer": 2, "hidden": 32, "ffn": 24, "head": 4, "kv_head": 2}
-#: Float32 rounding, and the order of eps where a config has one eps for norms of which only some were cut (olmo2).
-_TOLERANCE = 1e-3
+_TINY = {"hidden": 64, "ffn": 40, "head": 8, "kv_head": 4, "vocab": 64, "expert": 4, "expert_ffn": 24, "shared_ffn": 32}
+_CUTS = {"hidden": 32, "ffn": 24, "head": 4, "kv_head": 2, "expert": 3, "expert_ffn": 16, "shared_ffn": 24}
+_HEAD_DIM = 8
+#: Of the largest logit: float32 rounding, and the order of eps where a config has one eps for norms of which only some were cut (olmo2).
+TOLERANCE = 1e-3
+
+
+@dataclass
+class Proof:
+    """Largest difference of logits per axis (``all``: every axis at once), and the axes that failed, with the reason."""
+
+    differences: dict[str, float] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every axis that the family has can be cut."""
+        return not self.refused
+
+
+def representative_layers(config: Any, family: Family, *, least: int = 3) -> list[int]:
+    """One layer of every kind (parameters, and entries in lists per layer), and more from the start until there are ``least``."""
+    layers = family.architecture.num_layers
+    lists = [value for value in config.to_dict().values() if isinstance(value, list) and len(value) == layers]
+    seen: dict[Any, int] = {}
+    for layer, kind in enumerate(family.layout.layer_kinds):
+        seen.setdefault((kind, *(repr(values[layer]) for values in lists)), layer)
+    chosen = set(seen.values())
+    for layer in range(layers):
+        if len(chosen) < least:
+            chosen.add(layer)
+    return sorted(chosen)
 
 
 def tiny_config(config: Any, family: Family) -> Any:
-    """A config of the same family, small enough to try things on a CPU in milliseconds."""
-    changes: dict[str, Any] = {field: _TINY[axis] for axis, field in family.fields.items()} | {"head_dim": 8}
-    changes |= {key: None for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    for key, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == family.architecture.num_layers and key != "architectures":
-            changes[key] = [value[i % len(value)] for i in range(_TINY["layer"])]
-    return changed_config(config, changes)
+    """A config of the same family, small enough to try things on a CPU in milliseconds, with a layer of every kind.
+
+    What the real config ties or shares stays so: one key-value group for all heads, one for each, or several heads in a group.
+    """
+    shape = family.architecture
+    sizes = dict(_TINY)
+    if shape.num_kv_heads == shape.num_heads:
+        sizes["kv_head"] = sizes["head"]
+    elif shape.num_kv_heads == 1:
+        sizes["kv_head"] = 1
+    for coupling in (*shape.couplings, *shape.couplings):
+        if coupling.axis != "hidden":
+            sizes[coupling.axis] = coupling.ratio * sizes[coupling.other]
+    return small_config(config, family.fields, sizes, kept_layers=representative_layers(config, family), head_dim=_HEAD_DIM)
 
 
 def random_scores(shape: Architecture, *, seed: int = 0) -> ImportanceScores:
     """Random scores for every axis of a shape."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(count: int) -> torch.Tensor:
-        return torch.rand(count, generator=generator)
+    def draw(*count: int) -> torch.Tensor:
+        return torch.rand(*count, generator=generator)
 
     tensors = {"hidden": draw(shape.hidden_size), "layer": draw(shape.num_layers)}
-    for layer in range(shape.num_layers):
-        heads = draw(shape.num_heads)
-        tensors[f"ffn.{layer}"] = draw(shape.ffn_size)
-        tensors[f"head.{layer}"] = heads
-        tensors[f"kv_head.{layer}"] = heads.view(shape.num_kv_heads, -1).sum(dim=1)
+    for axis in LAYER_AXES:
+        layers = range(shape.num_layers) if shape.layout is None else shape.layout.layers_with("head" if axis == "kv_head" else axis)
+        for layer in layers if shape.size(axis) else ():
+            tensors[f"{axis}.{layer}"] = draw(shape.num_experts, shape.expert_ffn_size) if axis == "expert_ffn" else draw(shape.size(axis))
     return ImportanceScores(tensors)
 
 
-def _tiny_teacher(config: Any, *, seed: int) -> nn.Module:
+def tiny_teacher(config: Any, *, seed: int) -> nn.Module:
     """A random float32 instance with weights large enough that every unit matters, norm weights included."""
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.2) if parameter.ndim >= 2 else parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
 
 
-def _masked_logits(model: nn.Module, pruned: nn.Module, family: Family, plan: PrunePlan, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of the teacher with dropped units removed from the computation, by zeroing every weight that carries them.
+def difference_of(config: Any, family: Family, teacher: nn.Module, plan: PrunePlan, *, seed: int = 0) -> tuple[float, float]:
+    """Largest difference in logits between the masked teacher and the model that the plan cuts out of it, and the largest logit.
 
-    A layer norm takes its statistics over the kept channels only, which no weight can express: there the pruned norm is put in.
+    Raises:
+        ArchitectureError: the pruned model does not have exactly the predicted number of parameters.
     """
-    masked = copy.deepcopy(model)
-    parameters = dict(masked.named_parameters())
+    shape = family.architecture
+    tokens = torch.randint(0, shape.vocab_size, (2, 12), generator=torch.Generator().manual_seed(seed))
+    named = dict(teacher.state_dict())
+    parameters = ((spec.name, named[spec.name]) for spec in family.layout.parameters)
+    weights = dict(to_stored(family.stored, parameters, shape.size))
+    cut = {name: tensor.detach().clone() for name, tensor in prune_weights(weights.__getitem__, plan, family)}
+    pruned = model_from_weights(target_config(config, plan, family), cut, dtype=torch.float32, device=torch.device("cpu")).eval()
+    count = sum(p.numel() for p in pruned.parameters())
+    if count != plan.architecture.num_parameters:
+        raise ArchitectureError(f"'{family.model_type}' has {count} parameters after a cut, its axes predict {plan.architecture.num_parameters}")
     with torch.no_grad():
-        for spec in family.layout.parameters:
-            parameter = parameters[spec.name]
-            if spec.layer is not None and spec.layer not in plan.layer:
-                parameter.zero_()  # an identity block: it adds nothing to the residual stream
-                continue
-            offset = family.norm.weight_offset if is_hidden_norm(spec, family) else 0.0
-            for position, dim in enumerate(spec.dims):
-                mask = torch.cat([_segment_mask(segment, plan, spec.layer, family) for segment in dim])
-                view = [1] * parameter.ndim
-                view[position] = -1
-                parameter.copy_((parameter + offset) * mask.view(view) - offset)
-        if not family.norm.rms and len(plan.hidden) < family.architecture.hidden_size:
-            _restrict_norms(masked, pruned, family, plan)
-        return masked(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
+        logits = pruned(input_ids=tokens, use_cache=False).logits
+        return float((logits - masked_logits(teacher, pruned, family, plan, tokens)).abs().max()), float(logits.abs().max())
 
 
-def _restrict_norms(masked: nn.Module, pruned: nn.Module, family: Family, plan: PrunePlan) -> None:
-    """Let every norm over the hidden axis see the kept channels only."""
-    kept = torch.tensor(plan.hidden)
-    prefix = family.layout.layer_prefix
-    new_index = {old: new for new, old in enumerate(plan.layer)}
-    for name in family.taps.norms:
-        match = re.match(re.escape(prefix) + r"(\d+)\.(.*)", name)
-        if match and int(match.group(1)) not in new_index:
+def _targets(family: Family) -> dict[str, tuple[Architecture, list[int]]]:
+    """What the proof cuts: every axis alone (with those that are tied to it), and all of them; and which layers stay."""
+    shape = family.architecture
+    every = list(range(shape.num_layers))
+    fewer = [layer for layer in every if layer != 1] if shape.num_layers > 1 else every
+    cuts = {axis: size for axis, size in _CUTS.items() if axis in family.fields and size < shape.size(axis)}
+    if shape.num_kv_heads == shape.num_heads:  # heads go with their keys and values
+        cuts["kv_head"] = cuts["head"]
+    found: dict[str, tuple[Architecture, list[int]]] = {}
+    if len(fewer) < len(every):
+        found["layer"] = (shape.replace(num_layers=len(fewer)), fewer)
+    for axis, size in cuts.items():
+        sizes = {Architecture.option(axis): size}
+        if axis == "kv_head" and shape.num_kv_heads < shape.num_heads:
+            sizes["num_heads"] = shape.num_heads * size // shape.num_kv_heads
+        elif axis in ("head", "kv_head") and shape.num_kv_heads == shape.num_heads:
+            sizes = {"num_heads": cuts["head"], "num_kv_heads": cuts["head"]}
+        target = shape.with_coupled(**sizes)
+        if shape.num_kv_heads == shape.num_heads:
+            target = target.replace(num_kv_heads=target.num_heads)
+        found[axis] = (target, every)
+    everything = {Architecture.option(axis): size for axis, size in cuts.items()}
+    found["all"] = (shape.with_coupled(**everything).replace(num_layers=len(fewer)), fewer)
+    return found
+
+
+def examine(config: Any, *, seed: int = 0, report: Callable[[str, float], None] = lambda axis, difference: None) -> Proof:
+    """The proof of every axis on a tiny random instance, failures included.
+
+    Raises:
+        ArchitectureError: the family's parameters are not understood at all.
+    """
+    tiny = tiny_config(config, discover(config))
+    family = discover(tiny)
+    teacher = tiny_teacher(tiny, seed=seed)
+    scores = random_scores(family.architecture, seed=seed)
+    proof = Proof()
+    for axis, (target, kept) in _targets(family).items():
+        try:
+            plan = make_plan(scores, family.architecture, target, kept_layers=kept)
+            difference, largest = difference_of(tiny, family, teacher, plan, seed=seed)
+        except ArchitectureError as error:
+            proof.refused[axis] = str(error)
             continue
-        small = pruned.get_submodule(f"{prefix}{new_index[int(match.group(1))]}.{match.group(2)}" if match else name)
+        proof.differences[axis] = difference
+        report(axis, difference)
+        if not difference <= TOLERANCE * largest:
+            told = f"cutting '{axis}' differs from masking it by {difference:.1e} in the logits{_suspects(family, axis)}"
+            proof.refused[axis] = f"'{family.model_type}' is refused: {told}"
+    return proof
 
-        def restricted(module: nn.Module, args: Any, output: torch.Tensor, small: nn.Module = small) -> torch.Tensor:
-            return torch.zeros_like(output).index_copy_(-1, kept, small(args[0].index_select(-1, kept)))
 
-        masked.get_submodule(name).register_forward_hook(restricted)
-
-
-def _segment_mask(segment: Segment, plan: PrunePlan, layer: int | None, family: Family) -> torch.Tensor:
-    size = segment.size(family.architecture.size)
-    kept = None if segment.axis is None else plan.kept(segment.axis, layer)
-    if kept is None:
-        return torch.ones(size)
-    mask = torch.zeros(size // segment.width)
-    mask[torch.tensor(kept, dtype=torch.long)] = 1.0
-    return mask.repeat_interleave(segment.width)
+def _suspects(family: Family, axis: str) -> str:
+    """The parameters whose order along an axis was assumed rather than seen: several elements a unit, or several segments."""
+    natural = {"head": family.architecture.head_dim, "kv_head": family.architecture.head_dim}
+    for spec in family.layout.parameters:
+        for dim in spec.dims:
+            for segment in dim:
+                if segment.axis == axis and (len(dim) > 1 or segment.width not in (1, natural.get(axis, 1))):
+                    return f" (perhaps the order inside '{spec.name}')"
+    return ""
 
 
 def prove(config: Any, *, seed: int = 0, report: Callable[[str, float], None] = lambda axis, difference: None) -> dict[str, float]:
@@ -122,56 +191,30 @@ def prove(config: Any, *, seed: int = 0, report: Callable[[str, float], None] = 
     Raises:
         ArchitectureError: a difference is larger than float32 rounding, or a parameter count is not the predicted one.
     """
-    tiny = tiny_config(config, discover(config))
-    family = discover(tiny)
-    teacher = _tiny_teacher(tiny, seed=seed)
-    weights = dict(teacher.named_parameters())
-    shape = family.architecture
-    scores = random_scores(shape, seed=seed)
-    tokens = torch.randint(0, shape.vocab_size, (2, 12), generator=torch.Generator().manual_seed(seed))
-    differences = {}
-    axes = [axis for axis in _CUTS if axis in family.fields]
-    for axis in [*axes, "all"]:
-        cut = _CUTS if axis == "all" else {axis: _CUTS[axis]}
-        sizes = {Architecture.option(name): size for name, size in cut.items() if name in family.fields}
-        if axis == "kv_head":
-            sizes["num_heads"] = shape.num_heads * _CUTS["kv_head"] // shape.num_kv_heads
-        target = shape.replace(**sizes)
-        kept = list(range(shape.num_layers)) if axis not in ("layer", "all") else [0, 2]
-        plan = make_plan(scores, shape, target, kept_layers=kept)
-        pruned = model_from_weights(
-            target_config(tiny, plan, family),
-            {name: tensor.detach() for name, tensor in prune_weights(weights.__getitem__, plan, family)},
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-        ).eval()
-        count = sum(p.numel() for p in pruned.parameters())
-        if count != plan.architecture.num_parameters:
-            raise ArchitectureError(
-                f"'{family.model_type}' cut on '{axis}' has {count} parameters, its axes predict {plan.architecture.num_parameters}"
-            )
-        with torch.no_grad():
-            difference = float((pruned(input_ids=tokens, use_cache=False).logits - _masked_logits(teacher, pruned, family, plan, tokens)).abs().max())
-        differences[axis] = difference
-        report(axis, difference)
-        if not difference <= _TOLERANCE:
-            raise ArchitectureError(f"'{family.model_type}' is refused: cutting '{axis}' differs from masking it by {difference:.1e} in the logits")
-    return differences
+    proof = examine(config, seed=seed, report=report)
+    if proof.refused:
+        raise ArchitectureError(next(iter(proof.refused.values())))
+    return proof.differences
 
 
 @functools.cache
-def _proved(model_type: str, document: str) -> bool:
+def _examined(model_type: str, document: str) -> Proof:
     from transformers import AutoConfig
 
     values = json.loads(document)
-    prove(AutoConfig.for_model(values.pop("model_type"), **values))
-    return True
+    return examine(AutoConfig.for_model(values.pop("model_type"), **values))
 
 
-def require_proof(config: Any) -> None:
+def require_proof(config: Any, *, cut: set[str] | None = None) -> None:
     """Prove a config's family once per process before its weights are cut.
 
+    Args:
+        cut: the axes that a plan cuts; None: every axis must be proved.
+
     Raises:
-        ArchitectureError: the family is not understood.
+        ArchitectureError: one of these axes is not understood.
     """
-    _proved(config.model_type, config.to_json_string(use_diff=False))
+    proof = _examined(config.model_type, config.to_json_string(use_diff=False))
+    for axis, reason in proof.refused.items():
+        if cut is None or axis in cut:
+            raise ArchitectureError(reason)

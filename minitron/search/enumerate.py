@@ -7,21 +7,38 @@ import math
 from typing import Any
 
 from minitron.core.architecture import Architecture
+from minitron.core.axes import AXES
 from minitron.errors import ArchitectureError
 
 
 def shapes_of(space: dict[str, list[Any]], teacher: Architecture) -> list[Architecture]:
     """All sub-shapes of the teacher that a space spells out, without building a model."""
     ffn_key = "ffn_ratio" if "ffn_ratio" in space else "ffn_size"
-    keys = ["num_layers", "hidden_size", ffn_key, "num_heads", "num_kv_heads"]
+    keys = [key for key in space if key not in ("ffn_ratio", "ffn_size")]
+    tied = _tied_keys(space, teacher)
     shapes = []
     most_per_group = teacher.num_heads // teacher.num_kv_heads
-    for layers, hidden, ffn, heads, groups in itertools.product(*(space[key] for key in keys)):
-        ffn_size = round(ffn * hidden) if ffn_key == "ffn_ratio" else ffn
-        if heads % groups or heads // groups > most_per_group or ffn_size > teacher.ffn_size:
+    for ffn, *values in itertools.product(space[ffn_key], *(space[key] for key in keys)):
+        sizes = dict(zip(keys, values, strict=True))
+        if ffn_key == "ffn_ratio":
+            ffn = round(ffn * sizes["hidden_size"])
+        shape = teacher.with_coupled(**{key: size for key, size in {**sizes, "ffn_size": ffn}.items() if key not in tied})
+        if shape.num_heads % shape.num_kv_heads or shape.num_heads // shape.num_kv_heads > most_per_group or shape.ffn_size > teacher.ffn_size:
             continue
-        shapes.append(teacher.replace(num_layers=layers, hidden_size=hidden, ffn_size=ffn_size, num_heads=heads, num_kv_heads=groups))
+        if shape.num_experts >= teacher.num_experts_per_token and all(coupling.holds(shape.size) for coupling in shape.couplings):
+            shapes.append(shape)
     return shapes
+
+
+def _tied_keys(space: dict[str, list[Any]], teacher: Architecture) -> set[str]:
+    """Sizes that follow another one because the family's config ties them, and for which the space tries nothing but the teacher's."""
+    found = set()
+    for coupling in teacher.couplings:
+        for mine, other in ((coupling.axis, coupling.other), (coupling.other, coupling.axis)):
+            key, other_key = teacher.option(mine), teacher.option(other)
+            if space.get(key) == [teacher.size(mine)] and space.get(other_key) != [teacher.size(other)]:
+                found.add(key)
+    return found
 
 
 def enumerate_shapes(space: dict[str, list[Any]], teacher: Architecture, *, num_parameters: float, tolerance: float) -> list[Architecture]:
@@ -45,7 +62,7 @@ def enumerate_shapes(space: dict[str, list[Any]], teacher: Architecture, *, num_
 
 
 def _position(shape: Architecture) -> tuple[float, ...]:
-    return tuple(math.log(shape.size(axis)) for axis in ("layer", "hidden", "ffn", "head", "kv_head"))
+    return tuple(math.log(max(1, shape.size(axis))) for axis in AXES)
 
 
 def pick_diverse(shapes: list[Architecture], count: int) -> list[Architecture]:

@@ -48,6 +48,9 @@ class RankingConfig:
             evaluate_every=self.evaluate_every,
             num_validation_sequences=self.num_validation_sequences,
             checkpoint_every=0,
+            result="last",
+            keep_best=False,
+            phases=None,
             **changes,
         )
 

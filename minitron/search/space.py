@@ -9,7 +9,16 @@ from minitron.core.architecture import Architecture
 from minitron.core.options import option
 from minitron.errors import ArchitectureError, ConfigError
 
-_SIZES = {"num_layers": "layer", "hidden_size": "hidden", "ffn_size": "ffn", "num_heads": "head", "num_kv_heads": "kv_head"}
+_SIZES = {
+    "num_layers": "layer",
+    "hidden_size": "hidden",
+    "ffn_size": "ffn",
+    "num_heads": "head",
+    "num_kv_heads": "kv_head",
+    "num_experts": "expert",
+    "expert_ffn_size": "expert_ffn",
+    "shared_ffn_size": "shared_ffn",
+}
 #: Shares of the teacher's size that are tried on an axis for which no values are given.
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3, 0.25)
 
@@ -27,6 +36,9 @@ class TargetConfig:
     ffn_size: int | None = option(None, "explicit: neurons to keep in every MLP")
     num_heads: int | None = option(None, "explicit: query heads to keep")
     num_kv_heads: int | None = option(None, "explicit: key-value groups to keep")
+    num_experts: int | None = option(None, "explicit: experts to keep in every layer that has them")
+    expert_ffn_size: int | None = option(None, "explicit: neurons to keep in every expert")
+    shared_ffn_size: int | None = option(None, "explicit: neurons to keep in every shared expert")
 
 
 @dataclass(frozen=True)
@@ -41,11 +53,14 @@ class SearchConfig:
     ffn_ratio: list[float] | None = option(None, "ffn sizes to try, as multiples of the hidden size")
     num_heads: list[int] | None = option(None, "numbers of query heads to try")
     num_kv_heads: list[int] | None = option(None, "numbers of key-value groups to try")
+    num_experts: list[int] | None = option(None, "numbers of experts to try")
+    expert_ffn_size: list[int] | None = option(None, "neurons of an expert to try")
+    shared_ffn_size: list[int] | None = option(None, "neurons of a shared expert to try")
     divisor: int = option(64, "hidden and ffn sizes of the grid of shares divide by this")
 
 
 def explicit_shape(target: TargetConfig, teacher: Architecture) -> Architecture:
-    """The shape that ``target=explicit`` describes; what is not given stays as the teacher's.
+    """The shape that ``target=explicit`` describes; what is not given stays as the teacher's, or follows what its config ties it to.
 
     Raises:
         ConfigError: nothing is given.
@@ -54,7 +69,7 @@ def explicit_shape(target: TargetConfig, teacher: Architecture) -> Architecture:
     given = {key: value for key in _SIZES if (value := getattr(target, key)) is not None}
     if not given:
         raise ConfigError(f"target=explicit needs at least one of {', '.join(f'target.{key}' for key in _SIZES)}")
-    shape = teacher.replace(**given)
+    shape = teacher.with_coupled(**given)
     shape.check_within(teacher)
     return shape
 
@@ -107,9 +122,9 @@ def axis_values(config: SearchConfig, teacher: Architecture) -> dict[str, list[A
             if too_large:
                 raise ArchitectureError(f"search.{key} has {too_large[0]}, which is not between 1 and the teacher's {size}")
             values[key] = sorted(set(given))
-        elif axis not in config.axes:
+        elif axis not in config.axes or size == 0:
             values[key] = [size]
-        elif axis in ("hidden", "ffn"):
+        elif axis in ("hidden", "ffn", "expert_ffn", "shared_ffn"):
             values[key] = _grid(size, min(config.divisor, size))
         elif axis == "head":  # whole numbers of heads in every group
             values[key] = _grid(size, teacher.num_kv_heads)

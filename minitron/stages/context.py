@@ -18,10 +18,10 @@ from minitron import dist
 from minitron.core.candidate import Candidate, read_candidates
 from minitron.core.manifest import Manifest, fingerprint_folder
 from minitron.core.protocols import Tracker
-from minitron.data import Text, data_fingerprint, open_text
+from minitron.data import Blends, Text, data_fingerprint, open_text
 from minitron.engine import resolve_dtype
 from minitron.errors import CheckpointError, DataError
-from minitron.models import Family, config_of, discover, load_causal_lm, load_tokenizer, resolve_teacher
+from minitron.models import Family, config_of, discover, further_teachers, load_causal_lm, load_tokenizer, resolve_teacher
 from minitron.tracking import build_trackers
 from minitron.tracking.jsonl import FILE_NAME, truncate_after
 
@@ -44,7 +44,13 @@ class StageContext:
         """The folder that ``teacher.path`` leads to; None for a config-only teacher."""
         if "teacher" not in self.memory:
             self.memory["teacher"] = resolve_teacher(self.sections.teacher)
+            self.memory["further"] = further_teachers(self.sections.teacher)
         return self.memory["teacher"]  # type: ignore[no-any-return]
+
+    def further_teachers(self) -> list[tuple[Path, float]]:
+        """Folders and weights of the teachers that ``teacher.more`` names beside the first, whose weight is 1."""
+        self.original_teacher()
+        return self.memory["further"]  # type: ignore[no-any-return]
 
     def teacher_folder(self, *, to_cut: bool = False) -> Path:
         """The teacher's weights: the corrected ones when there are some; ``to_cut`` asks for what is scored and pruned.
@@ -76,29 +82,31 @@ class StageContext:
             self.teacher_folder(to_cut=to_cut), dtype=resolve_dtype(teacher.dtype), device=device, trust_remote_code=teacher.trust_remote_code
         )
 
-    def data_fingerprint(self) -> str:
-        """The content hash of the text."""
-        if "data" not in self.memory:
-            self.memory["data"] = data_fingerprint(self.sections.data)
-        return self.memory["data"]  # type: ignore[no-any-return]
+    def data_fingerprint(self, later: Blends = ()) -> str:
+        """The content hash of the text, with the blends that follow the section's own."""
+        key = f"data {later!r}"
+        if key not in self.memory:
+            self.memory[key] = data_fingerprint(self.sections.data, later=later)
+        return self.memory[key]  # type: ignore[no-any-return]
 
-    def text(self) -> Text:
-        """The text, tokenised by the teacher's tokenizer."""
-        if "text" not in self.memory:
+    def text(self, later: Blends = ()) -> Text:
+        """The text, tokenised by the teacher's tokenizer, with the blends that follow the section's own."""
+        known = self.memory.get("text")
+        if known is None or known[0] != later:
             folder = self.original_teacher()
             if folder is None:
                 raise CheckpointError("the teacher is only a config here, without a tokenizer: give teacher.path=FOLDER_OR_HUB_ID")
             tokenizer = load_tokenizer(folder, trust_remote_code=self.sections.teacher.trust_remote_code)
-            self.memory["text"] = open_text(self.sections.data, tokenizer, seed=self.seed)
-        return self.memory["text"]  # type: ignore[no-any-return]
+            self.memory["text"] = (later, open_text(self.sections.data, tokenizer, seed=self.seed, later=later))
+        return self.memory["text"][1]  # type: ignore[no-any-return]
 
-    def held_out(self, count: int) -> torch.Tensor:
-        """Up to ``count`` held-out sequences [num, sequence], in document order.
+    def held_out(self, count: int, later: Blends = ()) -> torch.Tensor:
+        """Up to ``count`` held-out sequences [num, sequence] of the section's own text, in document order.
 
         Raises:
             DataError: the held-out text does not fill one sequence.
         """
-        rows = list(islice(self.text().stream(split="validation").first_epoch(), count))
+        rows = list(islice(self.text(later).stream(split="validation").first_epoch(), count))
         if not rows:
             length = self.sections.data.sequence_length
             raise DataError(f"the held-out text is shorter than one sequence of {length} tokens: give more text or lower data.sequence_length")

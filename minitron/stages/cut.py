@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from minitron import dist
+from minitron.core.architecture import Architecture
 from minitron.core.candidate import Candidate
-from minitron.core.manifest import write_text
+from minitron.core.manifest import fingerprint_folder, write_text
 from minitron.core.plan import PrunePlan, make_plan
 from minitron.core.scores import ImportanceScores
 from minitron.engine import resolve_dtype
@@ -18,7 +20,7 @@ from minitron.errors import CheckpointError
 from minitron.evaluate import perplexity
 from minitron.models.load import model_from_weights
 from minitron.models.weights import WeightReader
-from minitron.prune import prune_weights, target_config
+from minitron.prune import layout_of, prune_weights, target_config
 from minitron.stages.context import ZERO_SHOT, StageContext
 
 
@@ -31,8 +33,28 @@ def plan_for(context: StageContext, candidate: Candidate) -> PrunePlan:
     scores = ImportanceScores.load(context.run_dir / "scores" / "scores.safetensors")
     if candidate.kept_layers is None:
         raise CheckpointError("the candidates were listed without scores: run 'minitron search' again")
-    rescale = context.sections.prune.norm_rescale
-    return make_plan(scores, context.family().architecture, candidate.architecture, kept_layers=candidate.kept_layers, norm_rescale=rescale)
+    prune = context.sections.prune
+    return make_plan(
+        scores,
+        context.family().architecture,
+        candidate.architecture,
+        kept_layers=candidate.kept_layers,
+        norm_rescale=prune.norm_rescale,
+        head_merge=prune.head_merge,
+    )
+
+
+def replayed_plan(path: str, teacher: Architecture, *, folder: Path) -> PrunePlan:
+    """The plan of ``prune.plan``, which must be one for the teacher in ``folder``.
+
+    Raises:
+        CheckpointError: there is no such plan, or it was made for another teacher (both fingerprints are shown).
+        ArchitectureError: no config can express it.
+    """
+    plan, found = PrunePlan.load(Path(path).expanduser(), teacher), fingerprint_folder(folder)
+    if plan.teacher != found:
+        raise CheckpointError(f"prune.plan={path} was made for a teacher with fingerprint {plan.teacher}, the one in {folder} has {found}")
+    return plan
 
 
 def cut_in_memory(context: StageContext, plan: PrunePlan, *, dtype: torch.dtype) -> nn.Module:
@@ -40,7 +62,9 @@ def cut_in_memory(context: StageContext, plan: PrunePlan, *, dtype: torch.dtype)
     config: Any = context.teacher_config()
     reader = WeightReader(context.teacher_folder(to_cut=True))
     target = target_config(config, plan, context.family())
-    weights = {name: tensor.to(dtype) for name, tensor in prune_weights(reader.get, plan, context.family())}
+    family = context.family()
+    cut = prune_weights(reader.get, plan, family, layout=layout_of(reader.files, family))
+    weights = {name: tensor.to(dtype) for name, tensor in cut}
     return model_from_weights(target, weights, dtype=dtype, device=torch.device("cpu"))
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from minitron.core.options import option
-from minitron.distill.losses import build_losses
+from minitron.distill.losses import build_losses, state_terms
+from minitron.distill.settings import later_blends
 from minitron.stages.context import StageContext
+from minitron.stages.teachers import teacher_inputs
 from minitron.stages.training_stage import train_folder
 
 FOLDER = "student"
-SECTIONS = ("teacher", "student", "data", "training", "loss", "engine", "tracking")
+SECTIONS = ("teacher", "student", "data", "training", "loss", "on_policy", "engine", "tracking")
 HELP = "distil the pruned model back to quality"
 
 
@@ -24,15 +26,17 @@ class StudentConfig:
 
 
 def inputs(context: StageContext) -> dict[str, Any]:
-    """The pruned model, the text, and the teacher when a loss needs it."""
-    found: dict[str, Any] = {"pruned": context.pruned_folder(), "data": context.data_fingerprint()}
+    """The pruned model, the text, and the teachers when a loss needs them."""
+    later = later_blends(context.sections.training, context.sections.data)
+    found: dict[str, Any] = {"pruned": context.pruned_folder(), "data": context.data_fingerprint(later)}
     if _needs_teacher(context):
-        found["teacher"] = context.teacher_folder()
+        found |= teacher_inputs(context)
     return found
 
 
 def _needs_teacher(context: StageContext) -> bool:
-    return any(loss.function.needs_teacher for loss in build_losses(context.sections.loss))
+    loss = context.sections.loss
+    return bool(state_terms(loss)) or any(term.function.needs_teacher for term in build_losses(loss))
 
 
 def run(context: StageContext, out: Path) -> dict[str, Any]:
@@ -46,4 +50,5 @@ def run(context: StageContext, out: Path) -> dict[str, Any]:
         loss=sections.loss,
         with_teacher=_needs_teacher(context),
         what="distill",
+        on_policy=sections.on_policy,
     )

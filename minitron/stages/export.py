@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import torch
 
 from minitron.core.options import option
-from minitron.errors import CheckpointError, ConfigError
-from minitron.models import config_of, discover, load_causal_lm
+from minitron.errors import ConfigError, MinitronError
+from minitron.models import config_of, discover
+from minitron.models.checkpoint_form import folder_weights, kept_in_float32
 from minitron.models.load import DTYPES
+from minitron.models.publish import check_reload, copy_licence, publish_config
 from minitron.models.weights import WeightReader, copy_companions, write_weights
 from minitron.stages.context import StageContext
-from minitron.stages.provenance import model_card, provenance_of
+from minitron.stages.model_card import model_card
+from minitron.stages.provenance import provenance_of
 
 FOLDER = "export"
 SECTIONS = ("teacher", "student", "export")
@@ -28,6 +32,18 @@ class ExportConfig:
     """Section ``export``."""
 
     dtype: str = option("bf16", "dtype of the exported weights: float32, bf16 or float16")
+    shard_gb: float = option(5.0, "size of a weight file in GB (1e9 bytes) from which on there are several")
+
+    def check(self) -> None:
+        """Refuse what cannot be written.
+
+        Raises:
+            ConfigError: an unknown dtype, or files of no size.
+        """
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"export.dtype={self.dtype} is not one of {', '.join(DTYPES)}")
+        if not self.shard_gb > 0:
+            raise ConfigError(f"export.shard_gb={self.shard_gb:g} must be above 0")
 
 
 def inputs(context: StageContext) -> dict[str, Any]:
@@ -41,24 +57,43 @@ def _source(context: StageContext) -> Path:
 
 
 def run(context: StageContext, out: Path) -> dict[str, Any]:
-    """Write the folder and load it back strictly before it counts."""
-    dtype = context.sections.export.dtype
-    if dtype not in DTYPES:
-        raise ConfigError(f"export.dtype={dtype} is not one of {', '.join(DTYPES)}")
-    source = _source(context)
-    reader, teacher = WeightReader(source), context.sections.teacher
-    count = write_weights(out, ((name, tensor.to(DTYPES[dtype])) for name, tensor in reader.items(reader.files)))
-    config = config_of(source, teacher)
-    config.dtype = {"bf16": "bfloat16"}.get(dtype, dtype)
-    config.use_cache = True
-    config.save_pretrained(out)
+    """Write the folder, and let a fresh process load it before it counts; what fails there is taken away again."""
+    context.sections.export.check()
+    try:
+        return _write(context, out)
+    except MinitronError:
+        for entry in out.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif not entry.name.startswith("."):
+                entry.unlink()
+        raise
+
+
+def _write(context: StageContext, out: Path) -> dict[str, Any]:
+    settings, teacher, source = context.sections.export, context.original_teacher(), _source(context)
+    dtype = DTYPES[settings.dtype]
+    name = str(dtype).removeprefix("torch.")
+    config = config_of(source, context.sections.teacher)
+    family = discover(config)
+    kept = kept_in_float32(config, family, dtype)
+    with WeightReader(source) as reader:
+        narrowed = ((key, tensor if key in kept else _narrow(tensor, dtype)) for key, tensor in folder_weights(reader, family))
+        write_weights(out, narrowed, shard_bytes=int(settings.shard_gb * 1e9))
+    shape = family.architecture
+    publish_config(config, out, dtype=name, head_dim=shape.head_dim)
     copy_companions(source, out)
-    predicted = discover(config_of(source, teacher)).architecture.num_parameters
-    model = load_causal_lm(out, dtype=DTYPES[dtype], device=torch.device("cpu"), trust_remote_code=teacher.trust_remote_code)
-    reloaded = sum(p.numel() for p in model.parameters())
-    if not count == reloaded == predicted:
-        raise CheckpointError(f"the export has {reloaded} parameters after reloading, {count} were written and {predicted} predicted")
-    provenance = provenance_of(context, source, count)
+    for folder in (source, teacher):
+        if folder is not None:
+            copy_licence(folder, out)
+    provenance = provenance_of(context, source, shape.num_parameters) | {"dtype": name}
     (out / "minitron.json").write_text(json.dumps(provenance, indent=1))
-    (out / "README.md").write_text(model_card(context, provenance))
-    return {"num_parameters": count, "dtype": dtype, "source": source.name}
+    (out / "README.md").write_text(model_card(context.title, provenance))
+    told = {"num_parameters": shape.num_parameters, "head_dim": shape.head_dim, "tied": shape.tied_embeddings}
+    buffers = {item.spec.name for item in family.stored if item.spec.buffer}
+    checked = check_reload(out, source=source, dtype=name, kept=kept, buffers=buffers, **told)
+    return {"num_parameters": shape.num_parameters, "dtype": settings.dtype, "source": source.name, "checked_with": checked}
+
+
+def _narrow(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,4 +1,4 @@
-"""Where an exported model comes from: fingerprints, plan and training, as JSON and as a model card."""
+"""Where an exported model comes from: teacher, plan, text, training and measurements, as JSON that a run can be replayed from."""
 
 from __future__ import annotations
 
@@ -7,42 +7,99 @@ from pathlib import Path
 from typing import Any
 
 from minitron import __version__
-from minitron.core.manifest import Manifest
+from minitron.core.manifest import Manifest, fingerprint_folder
 from minitron.core.plan import PrunePlan
+from minitron.errors import MinitronError
+from minitron.models.publish import licence_of
 from minitron.stages.context import StageContext
+from minitron.tracking.jsonl import FILE_NAME, read_metrics
+
+#: Folders of a run from which a model is made, in the order of the flow; the chosen pruned folder goes before the last.
+_BEFORE = ("teacher", "scores", "candidates", "ranking")
 
 
 def provenance_of(context: StageContext, source: Path, count: int) -> dict[str, Any]:
-    """Where the model comes from: fingerprints, plan and training of the stages before."""
-    found: dict[str, Any] = {"minitron_version": __version__, "num_parameters": count, "seed": context.seed, "stages": {}}
+    """Where the model in ``source`` comes from.
+
+    ``parent`` is the teacher with its content hash, ``plan`` what was kept of it (``prune.plan`` takes it), ``scores`` the fingerprint of
+    the scores behind the plan, ``stages`` settings, inputs and results of every stage.
+
+    Raises:
+        CheckpointError: a manifest is damaged, or the plan of this run cannot be replayed.
+    """
     pruned = context.pruned_folder()
-    for folder in (context.run_dir / "teacher", context.run_dir / "scores", pruned, context.run_dir / "student"):
-        manifest = Manifest.read(folder) if folder.is_dir() else None
-        if manifest is not None:
-            found["stages"][manifest.stage] = {"settings": manifest.settings, "inputs": manifest.inputs, "results": manifest.results}
-    plan = pruned / "plan.json"
-    if plan.is_file():
-        found["plan"] = json.loads(plan.read_text())
-        PrunePlan.load(plan, context.family().architecture)  # an export never carries a plan that cannot be replayed
-    return found
+    manifests: dict[str, Manifest] = {}
+    for folder in (*(context.run_dir / name for name in _BEFORE), pruned, context.run_dir / "student"):
+        if (manifest := Manifest.read(folder)) is not None:
+            manifests[manifest.stage] = manifest
+    plan = _plan_of(context, pruned)
+    return {
+        "minitron_version": __version__,
+        "num_parameters": count,
+        "seed": context.seed,
+        "parent": _parent(context, plan),
+        "scores": (plan or {}).get("provenance", {}).get("scores_fingerprint"),
+        "data": _data(manifests),
+        "metrics": _metrics(context, pruned, manifests),
+        "made_elsewhere": fingerprint_folder(pruned) if pruned.parent.parent != context.run_dir else None,
+        "plan": plan,
+        "stages": {name: _told(manifest) for name, manifest in manifests.items()},
+    }
 
 
-def model_card(context: StageContext, provenance: dict[str, Any]) -> str:
-    """The README of an exported model: lineage, size, tokens, licence."""
-    stages = provenance["stages"]
-    teacher = context.sections.teacher
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [minitron, pruned, distilled]", "---", ""]
-    lines += [
-        f"# {context.title}",
-        "",
-        f"A model of {provenance['num_parameters']:,} parameters, made with minitron {provenance['minitron_version']}.",
-        "",
-    ]
-    lines += [f"- Teacher: `{teacher.path}`" + (f" ({teacher.note})" if teacher.note else "")]
-    if "prune" in stages:
-        lines.append(f"- Cut to: `{stages['prune']['results'].get('candidate')}` (kept units in `minitron.json`)")
-    if "distill" in stages:
-        results = stages["distill"]["results"]
-        lines.append(f"- Distilled for {results.get('tokens', 0):,} tokens; held-out loss {results.get('validation_loss') or 0.0:.3f}")
-    lines += ["", "The licence of the teacher applies to this model."]
-    return "\n".join(lines) + "\n"
+def _told(manifest: Manifest) -> dict[str, Any]:
+    return {"settings": manifest.settings, "inputs": manifest.inputs, "tokens": manifest.tokens, "results": manifest.results}
+
+
+def _plan_of(context: StageContext, pruned: Path) -> dict[str, Any] | None:
+    """The plan beside the pruned weights; one that came with a model made elsewhere only when it is of this teacher."""
+    path = pruned / "plan.json"
+    if not path.is_file():
+        return None
+    try:
+        PrunePlan.load(path, context.family().architecture)  # an export never carries a plan that cannot be replayed
+    except MinitronError:
+        if context.sections.student.path:
+            return None
+        raise
+    return json.loads(path.read_text())  # type: ignore[no-any-return]
+
+
+def _parent(context: StageContext, plan: dict[str, Any] | None) -> dict[str, Any]:
+    teacher, folder = context.sections.teacher, context.original_teacher()
+    path = str(teacher.path) if teacher.path else None
+    shown = Path(path).name if path and Path(path).expanduser().is_absolute() else path
+    found: dict[str, Any] = {"name": shown, "revision": teacher.revision, "note": teacher.note}
+    found["fingerprint"] = (plan or {}).get("teacher") or (fingerprint_folder(folder) if folder is not None else None)
+    return found | {"architecture": context.family().architecture.to_dict(), "licence": licence_of(folder) if folder is not None else {}}
+
+
+def _data(manifests: dict[str, Manifest]) -> dict[str, Any]:
+    """Name, fingerprint and tokens of the text, as the last stage that read it recorded them."""
+    reading = [manifest for manifest in manifests.values() if "data" in manifest.inputs]
+    if not reading:
+        return {}
+    section = reading[-1].recorded.get("data", {})
+    named = section.get("name") or section.get("builtin") or (Path(section["path"]).name if section.get("path") else None)
+    blend = [str(entry.get("name") or entry.get("builtin") or Path(entry.get("path", "")).name) for entry in section.get("sources") or ()]
+    tokens = {stage: manifest.tokens for stage, manifest in manifests.items() if manifest.tokens}
+    return {"name": named or ", ".join(blend) or None, "fingerprint": reading[-1].inputs["data"], "tokens": tokens}
+
+
+def _metrics(context: StageContext, pruned: Path, manifests: dict[str, Manifest]) -> dict[str, dict[str, float]]:
+    """Held-out loss of every model: of ``evaluate`` where it measured these very weights, else of the validation while training."""
+    found: dict[str, dict[str, float]] = {}
+    student = context.run_dir / "student"
+    if "distill" in manifests and (student / FILE_NAME).is_file():
+        points = [row for row in read_metrics(student / FILE_NAME) if "validation_loss" in row]
+        last = manifests["distill"].results.get("validation_loss")
+        found |= {"pruned": {"loss": points[0]["validation_loss"]}} if points and points[0]["step"] == 0 else {}
+        found |= {"student": {"loss": last}} if last is not None else {}
+    measured = Manifest.read(context.run_dir / "evaluation")
+    if measured is None:
+        return found
+    folders = {"teacher": context.original_teacher(), "corrected_teacher": context.run_dir / "teacher", "pruned": pruned, "student": student}
+    same = [name for name, path in folders.items() if name in measured.inputs and path and measured.inputs[name] == fingerprint_folder(path)]
+    rows = json.loads((context.run_dir / "evaluation" / "metrics.json").read_text())
+    # Figures of one measurement only: another text or length would not compare.
+    return {name: {key: rows[name][key] for key in ("loss", "perplexity", "num_tokens")} for name in same} or found

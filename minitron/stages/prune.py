@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from minitron.core.manifest import fingerprint_folder
 from minitron.core.options import option
+from minitron.core.plan import PrunePlan, cut_axes
 from minitron.errors import ConfigError, nearest
 from minitron.models.weights import WeightReader, copy_companions, write_weights
-from minitron.prune import prune_weights, target_config
+from minitron.prune import layout_of, prune_weights, target_config
 from minitron.prune.proof import require_proof
 from minitron.stages.context import StageContext
-from minitron.stages.cut import measure_zero_shot, plan_for
+from minitron.stages.cut import measure_zero_shot, plan_for, replayed_plan
 
 FOLDER = "pruned"
 SECTIONS = ("teacher", "depth", "prune", "data", "ranking")
@@ -27,15 +29,21 @@ class PruneConfig:
     """Section ``prune``."""
 
     candidates: list[str] | None = option(None, "names of candidates to write; null: the winner", recorded=True)
+    plan: str | None = option(None, "plan.json, or minitron.json of an export: make that cut again, without scores and candidates", recorded=True)
     norm_rescale: bool = option(True, "scale norms for the changed mean when hidden channels are cut (exact); false: the papers' plain slicing")
+    head_merge: str = option("off", "fold the residual of dropped query heads into kept ones: off, paper or laco (the paper's formula, LaCo's sign)")
 
 
 def folders(context: StageContext) -> list[str]:
-    """One folder per candidate.
+    """One folder per candidate, or the one of a given plan.
 
     Raises:
-        ConfigError: a name that search did not list.
+        ConfigError: a name that search did not list, or a plan in a run that has candidates of its own.
     """
+    if context.sections.prune.plan:
+        if (context.run_dir / "candidates").is_dir():
+            raise ConfigError(f"{context.run_dir} has candidates of its own: give another run_dir for the cut of prune.plan")
+        return [f"{FOLDER}/{_given_plan(context).architecture.name}"]
     known = [candidate.name for candidate in context.candidates()]
     names = context.sections.prune.candidates
     if names is None:
@@ -49,12 +57,14 @@ def folders(context: StageContext) -> list[str]:
 
 
 def effective(context: StageContext) -> dict[str, Any]:
-    """The text decides which candidate is written, not how it is cut."""
-    return {"data": {}, "ranking": {}}
+    """The text decides which candidate is written, not how it is cut; a given plan says all by itself."""
+    return {"data": {}, "ranking": {}} | ({"depth": {}, "prune": {}} if context.sections.prune.plan else {})
 
 
 def inputs(context: StageContext) -> dict[str, Any]:
-    """Teacher, scores and candidates."""
+    """Teacher, scores and candidates; or teacher and plan."""
+    if context.sections.prune.plan:
+        return {"teacher": context.teacher_folder(to_cut=True), "plan": _given_plan(context).fingerprint}
     return {
         "teacher": context.teacher_folder(to_cut=True),
         "scores": context.run_dir / "scores",
@@ -62,16 +72,29 @@ def inputs(context: StageContext) -> dict[str, Any]:
     }
 
 
+def _given_plan(context: StageContext) -> PrunePlan:
+    return replayed_plan(context.sections.prune.plan, context.family().architecture, folder=context.teacher_folder(to_cut=True))
+
+
+def _plan(context: StageContext, name: str) -> PrunePlan:
+    if context.sections.prune.plan:
+        return _given_plan(context)
+    plan = plan_for(context, next(c for c in context.candidates() if c.name == name))
+    known = {**plan.provenance, "scores_fingerprint": fingerprint_folder(context.run_dir / "scores")}
+    return replace(plan, teacher=fingerprint_folder(context.teacher_folder(to_cut=True)), provenance=known)
+
+
 def run(context: StageContext, out: Path) -> dict[str, Any]:
     """Write weights, config, tokenizer and ``plan.json`` of the candidate that the folder is named for."""
     name = out.name.removesuffix(".partial")
-    candidate = next(c for c in context.candidates() if c.name == name)
     config, family, source = context.teacher_config(), context.family(), context.teacher_folder(to_cut=True)
-    require_proof(config)
-    plan = plan_for(context, candidate)
+    plan = _plan(context, name)
+    shape = plan.architecture
+    require_proof(config, cut=cut_axes(plan, family.architecture))
     target = target_config(config, plan, family)
-    count = write_weights(out, prune_weights(WeightReader(source).get, plan, family))
-    assert count == candidate.num_parameters, f"wrote {count} parameters, predicted {candidate.num_parameters}"
+    reader = WeightReader(source)
+    count = write_weights(out, prune_weights(reader.get, plan, family, layout=layout_of(reader.files, family)))
+    assert count == shape.num_parameters, f"wrote {count} parameters, predicted {shape.num_parameters}"
     target.save_pretrained(out)
     copy_companions(source, out)
     plan.save(out / "plan.json")
@@ -80,8 +103,8 @@ def run(context: StageContext, out: Path) -> dict[str, Any]:
         "candidate": name,
         "num_parameters": count,
         "teacher_num_parameters": family.architecture.num_parameters,
-        "costs": {"flops_per_token": candidate.architecture.flops_per_token(length)},
+        "costs": {"flops_per_token": shape.flops_per_token(length)},
         "teacher_costs": {"flops_per_token": family.architecture.flops_per_token(length)},
         "teacher_architecture": family.architecture.to_dict(),
-        "architecture": candidate.architecture.to_dict(),
+        "architecture": shape.to_dict(),
     }

@@ -12,7 +12,6 @@ from minitron import dist
 from minitron.core.candidate import Candidate
 from minitron.core.manifest import write_text
 from minitron.core.options import relevant
-from minitron.distill.pair import TeacherSignal
 from minitron.distill.training import TrainingResult, TrainingRun
 from minitron.engine import build_engine
 from minitron.log import get_logger
@@ -20,6 +19,8 @@ from minitron.prune.proof import require_proof
 from minitron.search.ranking import rank_candidates
 from minitron.stages.context import StageContext, blocks_of
 from minitron.stages.cut import cut_in_memory, plan_for
+from minitron.stages.states import teacher_taps
+from minitron.stages.teachers import place_teachers, teacher_inputs
 from minitron.tracking import CompositeTracker
 
 FOLDER = "ranking"
@@ -30,9 +31,9 @@ logger = get_logger(__name__)
 
 
 def inputs(context: StageContext) -> dict[str, Any]:
-    """Teacher, scores, candidates and text."""
+    """Teachers, scores, candidates and text."""
     return {
-        "teacher": context.teacher_folder(),
+        **teacher_inputs(context),
         "scores": context.run_dir / "scores",
         "candidates": context.run_dir / "candidates",
         "data": context.data_fingerprint(),
@@ -68,19 +69,19 @@ def run(context: StageContext, out: Path) -> dict[str, Any]:
 def _train_all(context: StageContext, candidates: list[Candidate], out: Path) -> list[dict[str, Any]]:
     sections = context.sections
     training = sections.ranking.training(sections.training)
-    teacher = context.load_teacher(device=torch.device("cpu"))
-    engine = build_engine(sections.engine, optimizer=training.optimizer(), precision=training.precision)
-    signal = TeacherSignal(
-        teacher, engine, blocks=blocks_of(teacher), placement=sections.teacher.placement, remember_bytes=int(sections.ranking.remember_teacher_bytes)
-    )
+    taps = teacher_taps(context, [candidate.architecture for candidate in candidates])
+    engine = build_engine(sections.engine, optimizer=training.optimizer_config(), precision=training.precision)
+    (signal, _), *others = place_teachers(context, engine, taps=taps, remember_bytes=int(sections.ranking.remember_teacher_bytes))
     validation = context.held_out(training.num_validation_sequences)
 
     def train(candidate: Candidate) -> TrainingResult:
-        student = cut_in_memory(context, plan_for(context, candidate), dtype=torch.float32)
+        plan = plan_for(context, candidate)
+        student = cut_in_memory(context, plan, dtype=torch.float32)
         return TrainingRun(
             student=student,
-            teacher=teacher,
+            teacher=None,
             signal=signal,
+            other_signals=others,
             stream=context.text().stream(),
             validation=validation,
             sequence_length=sections.data.sequence_length,
@@ -91,6 +92,8 @@ def _train_all(context: StageContext, candidates: list[Candidate], out: Path) ->
             open_tracker=lambda step: CompositeTracker([]),
             what=f"rank {candidate.name}",
             stop=context.stop,
+            seed=context.seed,
+            kept_hidden=plan.hidden,
         ).run()
 
     return rank_candidates(candidates, train, folder=out)

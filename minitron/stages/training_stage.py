@@ -2,42 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minitron import dist
+from minitron.distill.best import write_shared_weights
 from minitron.distill.losses import LossConfig
-from minitron.distill.settings import TrainingConfig
-from minitron.distill.training import TrainingRun
-from minitron.errors import CheckpointError
-from minitron.models import config_of, load_causal_lm, load_tokenizer
-from minitron.models.weights import copy_companions, write_weights
+from minitron.distill.on_policy import OFF, OnPolicyConfig
+from minitron.distill.settings import TrainingConfig, later_blends
+from minitron.distill.training import TrainingResult, TrainingRun
+from minitron.models import TeacherConfig, config_of, load_causal_lm, load_tokenizer
+from minitron.models.weights import copy_companions
 from minitron.stages.context import StageContext, blocks_of
+from minitron.stages.states import check_student_states, kept_channels
+from minitron.stages.teachers import check_vocabularies, load_further_teachers
 
 
 def train_folder(
-    context: StageContext, out: Path, *, source: Path, training: TrainingConfig, loss: LossConfig, with_teacher: bool, what: str
+    context: StageContext,
+    out: Path,
+    *,
+    source: Path,
+    training: TrainingConfig,
+    loss: LossConfig,
+    with_teacher: bool,
+    what: str,
+    on_policy: OnPolicyConfig = OFF,
 ) -> dict[str, Any]:
     """Train the model of ``source`` and write weights, config and tokenizer to ``out``.
 
     Returns:
-        Step and token counts and the last validation.
+        Step and token counts and the validation of what was written.
     """
-    sections = context.sections
+    sections, length = context.sections, context.sections.data.sequence_length
     training.check()
     if with_teacher:
-        _check_vocabularies(context, source)
+        check_vocabularies(context, source)
+        check_student_states(context, loss, source)
     trust = sections.teacher.trust_remote_code
     student = load_causal_lm(source, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=trust)
-    teacher = context.load_teacher(device=torch.device("cpu")) if with_teacher else None
+    later = later_blends(training, sections.data)
+    text = context.text(later)
+    describe = partial(_describe, source=source, teacher=sections.teacher)
     result = TrainingRun(
         student=student,
-        teacher=teacher,
-        stream=context.text().stream(),
-        validation=context.held_out(training.num_validation_sequences),
-        sequence_length=sections.data.sequence_length,
+        teacher=context.load_teacher(device=torch.device("cpu")) if with_teacher else None,
+        others=load_further_teachers(context) if with_teacher else [],
+        stream=text.stream(),
+        later_stream=lambda number: text.stream(blend=number, sequence_length=training.phase_table(length)[number].sequence_length),
+        validation=context.held_out(training.num_validation_sequences, later),
+        describe=describe,
+        sequence_length=length,
         training=training,
         loss=loss,
         engine=sections.engine,
@@ -47,34 +66,35 @@ def train_folder(
         placement=sections.teacher.placement,
         folder=out,
         stop=context.stop,
+        on_policy=on_policy,
+        end_of_text=load_tokenizer(source, trust_remote_code=trust).eos_token_id if on_policy.fraction > 0 else None,
+        seed=context.seed,
+        kept_hidden=kept_channels(context, source) if with_teacher else None,
     ).run()
-    weights = result.student_weights()
-    if dist.is_main():
-        write_weights(out, weights)
-        config = config_of(source, sections.teacher)
-        config.dtype = "float32"
-        config.save_pretrained(out)
-        copy_companions(source, out)
-    else:
-        for _ in weights:  # gathering a sharded weight takes every rank
-            pass
-    dist.barrier()
+    return _write_result(out, result, training.result, describe)
+
+
+def _describe(folder: Path, *, source: Path, teacher: TeacherConfig) -> None:
+    """Put the config and tokenizer of ``source`` beside float32 weights."""
+    config = config_of(source, teacher)
+    config.dtype = "float32"
+    config.save_pretrained(folder)
+    copy_companions(source, folder)
+
+
+def _write_result(out: Path, result: TrainingResult, which: str, describe: Callable[[Path], None]) -> dict[str, Any]:
+    """The ``last`` or the ``best`` weights in ``out``; beside the last, the best in ``best/`` where they are kept."""
     last = result.curve[-1] if result.curve else {}
-    return {"steps": result.steps, "tokens": result.tokens, "validation_loss": last.get("loss"), "precision": str(result.engine.compute_dtype)}
-
-
-def _check_vocabularies(context: StageContext, source: Path) -> None:
-    """Refuse a student that reads other tokens than its teacher; padding rows at the end of a vocabulary may differ.
-
-    Raises:
-        CheckpointError: the tokenizers differ, or a head has fewer rows than there are tokens.
-    """
-    teacher = context.teacher_folder()
-    ours, theirs = (load_tokenizer(folder).get_vocab() for folder in (source, teacher))
-    if ours != theirs:
-        differing = len(ours.items() ^ theirs.items())
-        raise CheckpointError(f"{source} and the teacher {teacher} have different tokenizers ({differing} entries differ): distillation needs one")
-    for folder in (source, teacher):
-        rows = int(config_of(folder, context.sections.teacher).vocab_size)
-        if rows <= max(ours.values()):
-            raise CheckpointError(f"{folder} has a vocabulary of {rows} rows, but its tokenizer's largest id is {max(ours.values())}")
+    results = {"steps": result.steps, "tokens": result.tokens, "validation_loss": last.get("loss"), "precision": str(result.engine.compute_dtype)}
+    if which == "best":
+        assert result.best is not None
+        result.best.copy_to(out)
+        results["validation_loss"] = result.best.metrics["validation_loss"]
+    else:
+        write_shared_weights(out, result.student_weights())
+        if dist.is_main():
+            describe(out)
+        if result.best is not None:
+            result.best.copy_to(out / "best")
+    dist.barrier()
+    return results | ({"best_step": result.best.step} if result.best is not None else {})

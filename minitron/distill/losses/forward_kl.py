@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from minitron.ops.softmax import log_probabilities
+
 
 def forward_kl(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor | None, labels: torch.Tensor, *, temperature: float, gradient: bool
@@ -20,15 +22,13 @@ def forward_kl(
         Values [rows] and, if asked for, gradients [rows, vocab].
     """
     assert teacher_logits is not None
-    softened = temperature != 1.0  # every pass over [rows, vocab] counts: the division is left out where it does nothing
-    log_p = torch.log_softmax(teacher_logits / temperature if softened else teacher_logits, dim=-1)
-    log_q = torch.log_softmax(student_logits / temperature if softened else student_logits, dim=-1)
+    log_p, log_q = log_probabilities(teacher_logits, temperature), log_probabilities(student_logits, temperature)
     p = log_p.exp()
     value = (temperature**2 * log_p.sub_(log_q).mul_(p).sum(dim=-1)).clamp_min(0.0)  # log_p − log_q first: small divergences do not cancel
     if not gradient:
         return value, None
     slope = log_q.exp_().sub_(p)
-    return value, slope.mul_(temperature) if softened else slope
+    return value, slope.mul_(temperature) if temperature != 1.0 else slope
 
 
 forward_kl.needs_teacher = True  # type: ignore[attr-defined]

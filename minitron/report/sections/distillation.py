@@ -18,7 +18,7 @@ Points = list[tuple[float, float]]
 _MAX_POINTS = 400
 #: Small charts below the losses: key → title and unit.
 _SMALL = {"learning_rate": "Learning rate", "gradient_norm": "Gradient norm", "tokens_per_second": "Tokens per second"}
-_NO_TERM = {"step", "tokens", "loss", *_SMALL}
+_NO_TERM = {"step", "tokens", "loss", "phase", *_SMALL}
 _UNITS = ("_bytes", "_seconds", "_per_second", "_rate", "_norm")
 #: Widths of charts that stand two and three in a row.
 _HALF, _THIRD = 400, 256
@@ -95,13 +95,17 @@ def _validation(rows: Rows, *, x: str, style: str) -> Html | None:
     if not curves:
         return None
     main = curves[0]
+    agreement = points(rows, "validation_agreement", x=x)
+    note = f"{main.label.capitalize()} from {loss(main.points[0][1])} to {loss(main.points[-1][1])}."
+    if agreement:
+        note += f" First choice the same as the teacher's on {percent(agreement[-1][1])} of tokens, at the start {percent(agreement[0][1])}."
     title = "Held-out loss while training"
     return figure(
         title,
         lambda width: line_chart(curves, width=width, title=title, x_label=x, y_label="nats per token", x_zero=True, y_zero=len(curves) > 1),
         wide=_HALF,
         keys=[Key(c.style, c.label, "line") for c in curves] if len(curves) > 1 else (),
-        note=f"{main.label.capitalize()} from {loss(main.points[0][1])} to {loss(main.points[-1][1])}.",
+        note=note,
     )
 
 
