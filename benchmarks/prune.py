@@ -93,7 +93,7 @@ def child(role: str, source: Path, out: Path) -> None:
         plan = plan_for(family)
         start = time.perf_counter()
         with WeightReader(source) as reader:
-            count = write_weights(out, prune_weights(reader.get, plan, family, layout=layout_of(reader.files, family)), shard_bytes=SHARD_BYTES)
+            count = write_weights(out, prune_weights(reader, plan, family, layout=layout_of(reader.files, family)), shard_bytes=SHARD_BYTES)
         seconds = time.perf_counter() - start
         assert count == plan.architecture.num_parameters
     print(json.dumps({"seconds": seconds, "num_parameters": count, "peak_bytes": peak_bytes()}))

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from minitron import dist
 from minitron.config import Config
+from minitron.core.architecture import Architecture
+from minitron.core.manifest import fingerprint_folder
+from minitron.core.plan import PrunePlan
 from minitron.data.batches import check_share
 from minitron.data.config import source_configs
 from minitron.distill.losses import build_losses, state_terms
 from minitron.distill.settings import TrainingConfig, later_blends
 from minitron.distill.states import check_states, state_taps
 from minitron.engine import check_engine, check_optimizer, resolve_dtype
-from minitron.errors import ConfigError, nearest
+from minitron.errors import ArchitectureError, ConfigError, nearest
 from minitron.estimate import student_shape
-from minitron.importance import build_observers
-from minitron.models import config_of, discover, further_teachers, resolve_teacher
+from minitron.importance import build_observers, check_placement
+from minitron.models import Family, config_of, discover, further_teachers, resolve_teacher
 from minitron.models.family import resized_config
 from minitron.models.load import PLACEMENTS, check_further_teachers
+from minitron.prune import target_config
 from minitron.stages import load_stage
+from minitron.stages.cut import check_plan_is_for
 
 
 def check_config(config: Config, stages: list[str]) -> None:
@@ -27,14 +33,20 @@ def check_config(config: Config, stages: list[str]) -> None:
     Raises:
         MinitronError: the first thing that cannot work, in one sentence.
     """
-    used = {section for name in stages for section in load_stage(name).SECTIONS}
     sections = config.sections
+    whole = sections["teacher"].placement == "replicate"  # then scoring asks nothing of an engine, and runs on any number of processes
+    used = {section for name in stages for section in load_stage(name).SECTIONS if not (section == "engine" and name == "importance" and whole)}
     if "data" in used and any(name not in ("search", "prune") for name in stages):
         source_configs(sections["data"])
     if "importance" in stages:
         build_observers(sections["importance"], sections["depth"], seed=config.seed)
+        check_placement(sections["importance"], sections["depth"], sections["teacher"].placement)
     if "depth" in used:
         sections["depth"].check()
+    if "prune" in stages:
+        _check_plan(config, stages)
+    if "export" in stages:
+        sections["export"].check()
     if "loss" in used:
         build_losses(sections["loss"])
         _check_state_source(config)
@@ -47,6 +59,19 @@ def check_config(config: Config, stages: list[str]) -> None:
         _check_training(settings, config)
     if "distill" in stages:
         _check_on_policy(config)
+
+
+def _check_plan(config: Config, stages: list[str]) -> None:
+    """A plan to replay is a file, and stands alone."""
+    prune = config.sections["prune"]
+    if not prune.plan:
+        return
+    if not Path(prune.plan).expanduser().is_file():
+        raise ConfigError(f"prune.plan={prune.plan} is no file: give the plan.json of a pruned model or the minitron.json of an export")
+    if prune.candidates or {"search", "rank"} & set(stages):
+        raise ConfigError(
+            f"prune.plan={prune.plan} says what to cut, without candidates: use recipe=replay, or the commands prune, distill and export"
+        )
 
 
 def _trainings(config: Config, stages: list[str]) -> list[TrainingConfig]:
@@ -93,11 +118,13 @@ def check_target(config: Config, stages: list[str]) -> None:
     """
     _check_positions(config, stages)
     states = bool({"rank", "distill"} & set(stages)) and bool(state_terms(config.sections["loss"]))
-    if "search" not in stages and not states:
+    if not {"correct", "importance", "search", "rank", "prune", "distill", "export"} & set(stages):
         return
     teacher = config.sections["teacher"]
     document = config_of(resolve_teacher(teacher), teacher)
     family = discover(document)
+    if "prune" in stages and config.sections["prune"].plan:
+        _check_replay(config, document, corrected="correct" in stages)
     if states:
         state_taps(config.sections["loss"], "teacher", family.architecture.num_layers)
         given = config.sections["student"].path
@@ -106,9 +133,39 @@ def check_target(config: Config, stages: list[str]) -> None:
     if "search" in stages:
         shape, _ = student_shape(config, family.architecture)
         if config.sections["target"].name == "explicit":
-            resized_config(document, family, shape)
+            _check_shape(document, family, shape)
             if states:
                 check_states(config.sections["loss"], family.architecture, shape)
+
+
+def _check_shape(document: Any, family: Family, shape: Architecture) -> None:
+    """Refuse a shape that the family's config class does not take, with the nearest hidden sizes that it does."""
+
+    def fits(size: int) -> bool:
+        try:
+            resized_config(document, family, shape.with_coupled(hidden_size=size))
+        except ArchitectureError:
+            return False
+        return True
+
+    try:
+        resized_config(document, family, shape)
+    except ArchitectureError as error:
+        most = family.architecture.hidden_size
+        around = (range(shape.hidden_size - 1, 0, -1), range(shape.hidden_size + 1, most + 1))
+        nearest_sizes = [size for sizes in around if (size := next(filter(fits, sizes), None)) is not None]
+        told = f"; target.hidden_size={' or '.join(map(str, nearest_sizes))} would do" if nearest_sizes else ""
+        raise ArchitectureError(f"{error}{told}") from error
+
+
+def _check_replay(config: Config, document: Any, *, corrected: bool) -> None:
+    """Refuse a plan that the teacher's family cannot carry out, or that is for another teacher."""
+    path, family, folder = config.sections["prune"].plan, discover(document), resolve_teacher(config.sections["teacher"])
+    plan = PrunePlan.load(Path(path).expanduser(), family.architecture)
+    target_config(document, plan, family)
+    if folder is not None and not corrected and not (Path(config.run_dir).expanduser() / "teacher").is_dir():
+        fingerprint = dist.broadcast_object(fingerprint_folder(folder) if dist.is_main() else "")
+        check_plan_is_for(plan, path, folder=folder, fingerprint=fingerprint)
 
 
 def _check_state_source(config: Config) -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from minitron import __version__, dist, host, log
-from minitron.errors import ConfigError, Interrupted, MinitronError, nearest
+from minitron.errors import ArchitectureError, ConfigError, Interrupted, MinitronError, nearest
 from minitron.paths import conf_dir
 
 _COMMANDS = {
     "compress": "run the whole recipe: recipe=…, experiment=…",
     "plan": "say what a run will take, before it starts (no weights needed)",
+    "inspect": "MODEL: its axes, parameters and costs, and the proof that it can be cut (no weights needed)",
 }
 
 
@@ -102,6 +103,8 @@ _FLAGS = ("--help", "--version", "--debug", "--dry-run", "--json", "--finished",
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from minitron.config import build_config
 
+    if arguments.command == "inspect":
+        return _inspect(arguments, overrides)
     raw, experiment = compose(overrides)
     config = build_config(raw)
     if arguments.command == "plan" or arguments.dry_run:
@@ -200,6 +203,22 @@ def _plan(config: Any, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _inspect(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from minitron.config import build_config
+    from minitron.inspection import inspect_model
+    from minitron.inspection_table import inspection_table
+
+    positional = bool(overrides) and ("=" not in overrides[0] or Path(overrides[0]).exists())
+    model, overrides = (overrides[0], overrides[1:]) if positional else (None, overrides)
+    config = build_config(compose(overrides)[0])
+    _quiet_libraries()
+    found = inspect_model(config, model)
+    _say(json.dumps(found.to_dict(), indent=1) if arguments.json else inspection_table(found))
+    if not found.proof.passed:
+        raise ArchitectureError(next(iter(found.proof.refused.values())))
+    return 0
+
+
 def _overview() -> str:
     from minitron.stages import STAGES, load_stage
 
@@ -221,7 +240,7 @@ def _stage_help(command: str, overrides: list[str]) -> str:
     if command in STAGES:
         names, text = load_stage(command).SECTIONS, load_stage(command).HELP
     else:
-        names, text = tuple(SECTIONS) + ("tracking",), _COMMANDS[command]
+        names, text = ("teacher",) if command == "inspect" else (*SECTIONS, "tracking"), _COMMANDS[command]
     lines = [f"minitron {command} [group=option …] [key=value …]: {text}", ""]
     rows = [(name, default, help) for name, (_, default, help) in TOP.items() if name != "experiment_name"]
     for name in names:

@@ -131,7 +131,12 @@ def _run_stage(config: Config, name: str, module: StageModule, context: StageCon
             stage=name,
             settings=plain(settings),
             inputs=verdict,
-            recorded={"num_processes": dist.world_size(), "command": sys.argv[1:], **plain(config.resolved().get("engine", {}))},
+            recorded={
+                "num_processes": dist.world_size(),
+                "command": sys.argv[1:],
+                **plain(config.resolved().get("engine", {})),
+                **{name: plain(config.resolved()[name]) for name in ("data",) if name in module.SECTIONS},
+            },
             code_version=__version__,
             started=started,
             wall_seconds=round(time.monotonic() - clock, 2),

@@ -9,6 +9,10 @@ import torch
 from helpers_text import tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
+from minitron.core.plan import PrunePlan, make_plan
+from minitron.models import Family
+from minitron.prune.proof import random_scores
+
 
 def tiny_llama(
     path: Path,
@@ -97,10 +101,13 @@ def hf_config(
 
 
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
-_DENSE_FIRST = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-_WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "layer_types": [*_SLIDING]}
-_HYBRID = ["linear_attention", "moe", "full_attention", "mlp", "full_attention"]
+_NARROW = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "layer_types": _SLIDING}
+_HYBRID = {"layers": 5, "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "full_attention"], "n_routed_experts": 4}
+_STATES = {"ssm_state_size": 16, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "chunk_size": 16}
+_SHARED = {"moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 56}
+_SSM = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_chunk_size": 16}
 #: An eps so large that forgetting to rescale it would show; or so small that what one eps for all norms cannot express does not.
 _LARGE, _SMALL = 0.05, 1e-9
 
@@ -124,14 +131,34 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": {"layer_norm_eps": _LARGE, "use_qkv_bias": True, "head_dim": None, "hidden": 128, "use_parallel_residual": True},
     "gpt_neox": {"layer_norm_eps": _LARGE, "kv_heads": None, "head_dim": None, "hidden": 128},
     "mixtral": {"rms_norm_eps": _LARGE, "sliding_window": 5, **_EXPERTS},
-    "qwen3_moe": {"rms_norm_eps": _SMALL, "layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3], "moe_intermediate_size": 48, **_EXPERTS},
-    "qwen2_moe": {"rms_norm_eps": _LARGE, "mlp_only_layers": [1], "moe_intermediate_size": 48, "shared_expert_intermediate_size": 56,
-                  "num_experts": 4, "num_experts_per_tok": 2},
-    "olmoe": {"rms_norm_eps": _LARGE, "head_dim": None, "hidden": 128, "num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"rms_norm_eps": _SMALL, "layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3], **_NARROW},
+    "qwen2_moe": {"rms_norm_eps": _LARGE, "mlp_only_layers": [1], "shared_expert_intermediate_size": 56, **_NARROW},
+    "olmoe": {"rms_norm_eps": _SMALL, "head_dim": None, "hidden": 128, "num_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {"rms_norm_eps": _LARGE, "sliding_window": 5, "layer_types": _SLIDING, **_EXPERTS},
-    "nemotron_h": {"layer_norm_epsilon": _SMALL, "layers": 5, "layers_block_type": _HYBRID, "ssm_state_size": 16, "mamba_num_heads": 4,
-                   "mamba_head_dim": 8, "n_groups": 2, "chunk_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
-                   "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 56},
-    "falcon_h1": {"rms_norm_eps": _LARGE, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_chunk_size": 16,
-                  "attention_bias": True, "mlp_bias": True},
+    "nemotron_h": {"layer_norm_epsilon": _SMALL, "num_experts_per_tok": 2, **_HYBRID, **_STATES, **_SHARED},
+    "falcon_h1": {"rms_norm_eps": _LARGE, "attention_bias": True, "mlp_bias": True, **_SSM},
 }
+
+#: Key-value groups of 8 query heads, and whether the head is tied to the embedding; None: as the family does by itself.
+VARIANTS: dict[str, tuple[int, bool | None]] = {"gqa": (4, False), "mqa": (1, True), "mha": (8, None)}
+
+
+def family_config(model_type: str, variant: str = "gqa", **more: Any) -> Any:
+    """The tiny config of a row of :data:`FAMILIES`, with 8 query heads over 4, 1 or 8 groups."""
+    kv_heads, tied = VARIANTS[variant]
+    return hf_config(model_type, **{"kv_heads": kv_heads, "tied": tied, **FAMILIES[model_type], **more})
+
+
+def random_weights(family: Family, *, seed: int = 0, std: float = 0.2) -> dict[str, torch.Tensor]:
+    """Random float32 parameters of a family, by their names in memory."""
+    generator = torch.Generator().manual_seed(seed)
+    return {spec.name: torch.randn(spec.shape(family.architecture.size), generator=generator) * std for spec in family.layout.parameters}
+
+
+def random_plan(family: Family, *, layers: tuple[int, ...] | None = None, seed: int = 0, **sizes: Any) -> PrunePlan:
+    """A plan by random scores; ``sizes`` are those of the target, options of ``make_plan`` among them are passed on."""
+    options = {key: sizes.pop(key) for key in ("norm_rescale", "head_merge") if key in sizes}
+    shape = family.architecture
+    kept = list(range(shape.num_layers)) if layers is None else list(layers)
+    target = shape.with_coupled(**sizes).replace(num_layers=len(kept))
+    return make_plan(random_scores(shape, seed=seed), shape, target, kept_layers=kept, **options)

@@ -162,9 +162,9 @@ def test_teachers_that_cannot_be_used(refused: Refused, options: list[str], tmp_
     (cut / "model.safetensors").write_bytes(data[: len(data) // 2])
     assert f"the weights in {cut} cannot be loaded" in refused("importance", *options, f"teacher.path={cut}", "rerun=true")
     BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path / "bert")
-    assert "is no causal language model: its config names BertForMaskedLM" in refused("compress", *options, f"teacher.path={tmp_path / 'bert'}")
+    assert "is no decoder-only language model: its config names BertForMaskedLM" in refused("compress", *options, f"teacher.path={tmp_path / 'bert'}")
     T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path / "t5")
-    assert "is no causal language model" in refused("search", *options, f"teacher.path={tmp_path / 't5'}")
+    assert "is no decoder-only language model" in refused("search", *options, f"teacher.path={tmp_path / 't5'}")
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "llamma"}')
     assert "config.json cannot be used" in refused("search", *options, f"teacher.path={tmp_path / 'bert'}")
 

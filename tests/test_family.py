@@ -1,25 +1,21 @@
-"""Families are discovered from shapes, counted exactly, and proved on numbers; what is not understood is refused."""
+"""Families are discovered from shapes and counted exactly; what is not understood is refused."""
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from helpers_models import FAMILIES, VARIANTS, family_config, hf_config
 
 from minitron.core.architecture import Architecture
-from minitron.core.plan import make_plan
+from minitron.core.axes import Coupling, describe_dim
 from minitron.errors import ArchitectureError, CheckpointError, MinitronError
-from minitron.models import NormKind, config_of, discover, family, layouts
-from minitron.models.family import Family, meta_model
-from minitron.models.layouts import LayoutNote
-from minitron.models.load import model_from_weights
-from minitron.prune import proof, prove, prune_weights, target_config
+from minitron.models import Family, NormKind, config_of, discover
+from minitron.models.fields import meta_model
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "nemotron")
+PLAIN = ("llama", "mistral", "qwen2", "qwen3", "phi3", "nemotron")
 
 #: Model, HF type, layers, hidden, ffn, heads, kv heads, vocabulary, total, non-embedding: Minitron papers, all with head_dim 128 and an untied head.
 PUBLISHED = [
@@ -41,40 +37,16 @@ MORE = [
     ("qwen3", 36, 4096, 12288, 32, 8, 128, 151_936, False, 8_190_735_360),
     ("qwen3", 28, 1024, 3072, 16, 8, 128, 151_936, True, 596_049_920),
     ("llama", 22, 2048, 5632, 32, 4, 64, 32_000, False, 1_100_048_384),
+    ("llama", 40, 5120, 13824, 40, 40, 128, 32_000, False, 13_015_864_320),
 ]
-
-
-def hf_config(
-    model_type: str,
-    *,
-    layers: int = 3,
-    hidden: int = 96,
-    ffn: int = 160,
-    heads: int = 8,
-    kv_heads: int = 4,
-    head_dim: int = 16,
-    vocab: int = 128,
-    tied: bool = False,
-    **more: Any,
-) -> Any:
-    """A Hugging Face config with these sizes."""
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(
-        model_type,
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        vocab_size=vocab,
-        tie_word_embeddings=tied,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-        **more,
-    )
+#: Shapes that were cut out of a published one: layers, hidden, ffn, heads of a row of ``MORE`` (or Llama 3), and what is left of them.
+CUTS = [
+    ((32, 4096, 11008, 32, 32, 32_000), {31: 6_536_032_256, 25: 5_321_732_096, 23: 4_916_965_376, 21: 4_512_198_656}),
+    ((40, 5120, 13824, 40, 40, 32_000), {32: 10_478_228_480, 30: 9_843_819_520, 29: 9_526_615_040, 25: 8_257_797_120}),
+    ((32, 4096, 14336, 32, 8, 128_256), {31: 7_812_149_248, 26: 6_721_589_248, 16: 4_540_469_248}),
+]
+#: Sheared-LLaMA, out of LLaMA-7B: layers, hidden, ffn, heads, total.
+SHEARED = [(32, 2560, 6912, 20, 2_701_560_320), (24, 2048, 5504, 16, 1_345_423_360), (24, 1024, 2816, 8, 373_867_520)]
 
 
 def formula(model_type: str, shape: Architecture) -> int:
@@ -88,7 +60,7 @@ def formula(model_type: str, shape: Architecture) -> int:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", PLAIN)
 def test_counts_of_a_family_and_its_sub_shapes(model_type: str, tied: bool) -> None:
     config = hf_config(model_type, layers=5, tied=tied)
     shape = discover(config).architecture
@@ -132,6 +104,71 @@ def test_more_published_counts(row: tuple[Any, ...]) -> None:
     assert discover(hf_config(model_type, tied=tied, **sizes)).architecture.num_parameters == total
 
 
+def big_llama(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vocab: int) -> Architecture:
+    """A Llama of head width 128."""
+    sizes = {"layers": layers, "hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads, "vocab": vocab}
+    return discover(hf_config("llama", head_dim=128, **sizes)).architecture
+
+
+@pytest.mark.parametrize(("sizes", "left"), CUTS, ids=lambda value: "" if isinstance(value, dict) else f"l{value[0]}-h{value[1]}-f{value[2]}")
+def test_published_depth_cuts(sizes: tuple[int, ...], left: dict[int, int]) -> None:
+    teacher = big_llama(*sizes)
+    assert {layers: teacher.replace(num_layers=layers).num_parameters for layers in left} == left
+
+
+@pytest.mark.parametrize(("layers", "hidden", "ffn", "heads", "total"), SHEARED)
+def test_sheared_llama(layers: int, hidden: int, ffn: int, heads: int, total: int) -> None:
+    """As a cut of LLaMA-7B, and as a model of its own."""
+    teacher = big_llama(*CUTS[0][0])
+    cut = teacher.replace(num_layers=layers, hidden_size=hidden, ffn_size=ffn, num_heads=heads, num_kv_heads=heads)
+    cut.check_within(teacher)
+    assert cut.num_parameters == big_llama(layers, hidden, ffn, heads, heads, 32_000).num_parameters == total
+
+
+def sparse_formula(shape: Architecture, *, dense: int, experts: int, qk_norm: int = 0, bias: bool = False, shared_gate: bool = False) -> int:
+    """Parameters of a model with ``dense`` layers of one MLP, and others with a router and so many experts of three matrices (and a shared one)."""
+    d, q, k, h = shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim
+    layer = 2 * d * q * h + 2 * d * k * h + 2 * d + qk_norm + ((q + 2 * k) * h if bias else 0)
+    sparse = d * shape.num_experts + experts * 3 * d * shape.expert_ffn_size + 3 * d * shape.shared_ffn_size + (d if shared_gate else 0)
+    embeddings = shape.vocab_size * d * (1 if shape.tied_embeddings else 2)
+    return embeddings + d + shape.num_layers * layer + dense * 3 * d * shape.ffn_size + (shape.num_layers - dense) * sparse
+
+
+def test_mixtral_8x7b() -> None:
+    """46.7 billion, of which a token meets two experts a layer: 12.9; and cut to five experts."""
+    sizes = {"layers": 32, "hidden": 4096, "ffn": 14336, "heads": 32, "kv_heads": 8, "head_dim": 128, "vocab": 32_000}
+    shape = discover(hf_config("mixtral", num_local_experts=8, num_experts_per_tok=2, **sizes)).architecture
+    assert shape.num_parameters == sparse_formula(shape, dense=0, experts=8) == 46_702_792_704
+    assert shape.num_active_parameters == sparse_formula(shape, dense=0, experts=2) == 12_879_925_248
+    small = shape.replace(num_experts=5, expert_ffn_size=7168, num_layers=20)
+    assert small.num_parameters == sparse_formula(small, dense=0, experts=5)
+    assert small.num_active_parameters == sparse_formula(small, dense=0, experts=2)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dense", "more"),
+    [
+        ("mixtral", [], {}),
+        ("qwen3_moe", [0, 2, 3], {"qk_norm": 32}),  # every second layer is sparse, but for the last
+        ("qwen2_moe", [1], {"bias": True, "shared_gate": True}),
+    ],
+)
+def test_counts_of_sparse_families(model_type: str, dense: list[int], more: dict[str, Any]) -> None:
+    """Totals and active counts, of the teacher and of any layers, experts and widths left of it."""
+    config = family_config(model_type)
+    shape = discover(config).architecture
+    assert shape.num_parameters == sum(p.numel() for p in meta_model(config).parameters())
+    draw = random.Random(0)
+    for _ in range(20):
+        kept = tuple(sorted(draw.sample(range(shape.num_layers), draw.randint(1, shape.num_layers))))
+        widths = [key for key in ("hidden_size", "ffn_size", "expert_ffn_size", "shared_ffn_size") if getattr(shape, key)]
+        sizes = {key: draw.randint(1, getattr(shape, key)) for key in widths}
+        small = shape.replace(num_layers=len(kept), kept_layers=kept, num_experts=draw.randint(2, 4), num_heads=4, num_kv_heads=2, **sizes)
+        left = len(set(kept) & set(dense))
+        assert small.num_parameters == sparse_formula(small, dense=left, experts=small.num_experts, **more)
+        assert small.num_active_parameters == sparse_formula(small, dense=left, experts=2, **more)
+
+
 def test_flops_of_a_decoder() -> None:
     """LLaMA-7B at 64 tokens: 423.93 G multiply-adds with full attention, of which causality spares half the attention's."""
     shape = discover(hf_config("llama", layers=32, hidden=4096, ffn=11008, heads=32, kv_heads=32, head_dim=128, vocab=32_000)).architecture
@@ -140,79 +177,27 @@ def test_flops_of_a_decoder() -> None:
     assert shape.kv_cache_bytes(batch_size=2, sequence_length=10) == 2 * 2 * 10 * 32 * 4096 * 2
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_proof_passes(model_type: str, tied: bool) -> None:
-    """Masked equals pruned to float32 rounding on every axis, with an eps so large that forgetting to rescale it would show.
-
-    Not for qwen3: its config has one eps, also for the q/k norms, which are not cut; there it keeps the usual small one.
-    """
-    eps = {"nemotron": {"norm_eps": 0.05}, "qwen3": {"rms_norm_eps": 1e-6}}.get(model_type, {"rms_norm_eps": 0.05})
-    differences = prove(hf_config(model_type, tied=tied, **eps))
-    assert set(differences) == {"layer", "hidden", "ffn", "head", "kv_head", "all"}
-    assert max(differences.values()) < 1e-4
-
-
-def planted(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """Let the proof work with a family that was misunderstood."""
-
-    def wrong(config: Any) -> Family:
-        return dataclasses.replace(discover(config), **changes)
-
-    monkeypatch.setattr(proof, "discover", wrong)
-
-
-def test_proof_refuses_a_wrong_norm_offset(monkeypatch: pytest.MonkeyPatch) -> None:
-    planted(monkeypatch, norm=NormKind(rms=True, weight_offset=1.0))
-    with pytest.raises(ArchitectureError, match="'llama' is refused: cutting 'hidden'"):
-        prove(hf_config("llama"))
-
-
-def test_proof_refuses_a_layer_norm_taken_for_an_rms_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    planted(monkeypatch, norm=NormKind(rms=True, weight_offset=1.0))
-    with pytest.raises(ArchitectureError, match="'nemotron' is refused: cutting 'hidden'"):
-        prove(hf_config("nemotron"))
-
-
-def test_proof_refuses_a_forgotten_rescaling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rescaled weights without the rescaled eps, and the other way round."""
-    config = hf_config("llama", rms_norm_eps=0.05)
-    with monkeypatch.context() as patch:
-        patch.setattr(proof, "target_config", lambda c, plan, f: target_config(c, dataclasses.replace(plan, norm_rescale=False), f))
-        with pytest.raises(ArchitectureError, match="cutting 'hidden'"):
-            prove(config)
-    monkeypatch.setattr(proof, "prune_weights", lambda read, plan, f: prune_weights(read, dataclasses.replace(plan, norm_rescale=False), f))
-    with pytest.raises(ArchitectureError, match="cutting 'hidden'"):
-        prove(config)
-
-
-def test_proof_refuses_a_wrong_order_in_a_fused_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
-    """phi3's q|k|v noted as k|q|v has the right shapes and the wrong weights."""
-    width = "head_dim"
-    wrong = LayoutNote("phi3", r"self_attn\.qkv_proj\.weight", 0, (("kv_head", width), ("head", width), ("kv_head", width)))
-    monkeypatch.setattr(layouts, "LAYOUTS", (wrong, *layouts.LAYOUTS[1:]))
-    monkeypatch.setattr(family, "_FOUND", {})
-    with pytest.raises(ArchitectureError, match="'phi3' is refused: cutting 'head'"):
-        prove(hf_config("phi3"))
-
-
 @pytest.mark.parametrize(
     ("model_type", "words"),
     [
         ("t5", "encoder-decoder"),
         ("bart", "encoder-decoder"),
         ("modernbert", "cannot build a causal LM of type 'modernbert'"),
-        ("bert", "modules take the 'head' axis"),
-        ("vit", "no field for vocab"),
-        ("gpt_neox", r"'gpt_neox\.layers\.0\.attention\.query_key_value\.weight'.*fused"),
-        ("mixtral", r"'model\.layers\.0\..*experts.*'.*fused"),
+        ("bert", "'bert' is no decoder-only language model: it is an encoder"),
+        ("vit", "'vit' is no decoder-only language model"),
+        ("mamba", "no field for head: it describes no decoder"),
+        ("gpt2", "no field for ffn"),
+        ("deepseek_v3", r"'model\.layers\.0\.self_attn\.kv_b_proj\.weight'"),
+        ("opt", r"'model\.decoder\.project_out\.weight' of 'opt' appears or vanishes with hidden_size"),
+        ("jamba", r"'model\.layers\.1\.feed_forward\.experts\.gate_up_proj'"),
     ],
 )
 def test_what_is_not_understood_is_refused(model_type: str, words: str) -> None:
     from transformers import AutoConfig
 
+    layers = {"deepseek_v3": 4, "jamba": 8}.get(model_type)
     with pytest.raises(ArchitectureError, match=words) as caught:
-        discover(AutoConfig.for_model(model_type))
+        discover(AutoConfig.for_model(model_type, **({"num_hidden_layers": layers} if layers else {})))
     assert "\n" not in str(caught.value)
 
 
@@ -220,56 +205,141 @@ def test_a_folder_that_is_no_causal_lm_is_refused(tmp_path: Path) -> None:
     from transformers import AutoConfig
 
     AutoConfig.for_model("bert", architectures=["BertForMaskedLM"]).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="no causal language model.*BertForMaskedLM"):
+    with pytest.raises(CheckpointError, match="no decoder-only language model: its config names BertForMaskedLM"):
         config_of(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "no_such_type"}')
     with pytest.raises(MinitronError, match="config.json cannot be used"):
         config_of(tmp_path)
 
 
+def test_a_norm_for_every_head_of_its_own_is_refused() -> None:
+    """stablelm's option; without it the family passes."""
+    with pytest.raises(ArchitectureError, match=r"'model\.layers\.0\.self_attn\.k_layernorm\.norms\.\d+\.weight'"):
+        discover(family_config("stablelm", qk_layernorm=True))
+
+
+def test_widths_that_differ_by_layer_are_refused() -> None:
+    from transformers import AutoConfig
+
+    with pytest.raises(ArchitectureError, match=r"intermediate_size of the gemma3n_text config is \[.*widths that differ per layer are refused"):
+        discover(AutoConfig.for_model("gemma3n_text"))
+
+
 def test_taps_lie_where_the_axes_are_observed() -> None:
     found = discover(hf_config("qwen3", layers=2))
     assert found.taps.blocks == ["model.layers.0", "model.layers.1"]
-    assert found.taps.ffn == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
-    assert found.taps.head == [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
+    assert found.taps.ffn == {i: f"model.layers.{i}.mlp.down_proj" for i in range(2)}
+    assert found.taps.head == {i: f"model.layers.{i}.self_attn.o_proj" for i in range(2)}
     norms = [f"model.layers.{i}.{name}_layernorm" for i in range(2) for name in ("input", "post_attention")]
     assert sorted(found.taps.norms) == sorted([*norms, "model.norm"])  # and not the q/k norms, which run over a head
-    assert found.norm == NormKind(rms=True, weight_offset=0.0)
-    assert discover(hf_config("nemotron")).norm == NormKind(rms=False, weight_offset=1.0)
+    assert found.norms == dict.fromkeys(found.taps.norms, NormKind("hidden", rms=True, weight_offset=0.0))
+    assert found.final_norm == "model.norm" and found.embedding == "model.embed_tokens.weight"
+    assert found.taps.shared_ffn == found.taps.experts == found.taps.router == {}
 
 
-def test_plain_slicing_copies_norms_and_eps() -> None:
-    """With norm_rescale=False the pruned norm weights are the teacher's kept entries, bit for bit, and eps stays."""
-    config = hf_config("llama")
+def test_taps_of_layers_that_differ() -> None:
+    """Layers without a part are missing: dense and sparse ones, attention and states."""
+    found = discover(family_config("qwen2_moe"))
+    assert found.taps.ffn == {1: "model.layers.1.mlp.down_proj"}
+    assert found.taps.experts == {i: f"model.layers.{i}.mlp.experts" for i in (0, 2)}
+    assert found.taps.router == {i: f"model.layers.{i}.mlp.gate" for i in (0, 2)}
+    assert found.taps.shared_ffn == {i: f"model.layers.{i}.mlp.shared_expert.down_proj" for i in (0, 2)}
+    hybrid = discover(family_config("nemotron_h"))
+    assert set(hybrid.taps.head) == {2, 4} and set(hybrid.taps.ffn) == {3} and set(hybrid.taps.experts) == {1}
+    assert hybrid.architecture.num_attention_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kinds"),
+    [
+        ("nemotron", {NormKind("hidden", False, 1.0)}),
+        ("starcoder2", {NormKind("hidden", False, 0.0)}),
+        ("gemma2", {NormKind("hidden", True, 1.0)}),
+        ("olmo2", {NormKind("hidden", True, 0.0), NormKind("head", True, 0.0), NormKind("kv_head", True, 0.0)}),
+    ],
+)
+def test_kinds_of_norms(model_type: str, kinds: set[NormKind]) -> None:
+    assert set(discover(family_config(model_type)).norms.values()) == kinds
+
+
+def test_embeddings_that_grow_with_the_hidden_size() -> None:
+    """Gemma multiplies them by its square root; granite by a number of its own."""
+    scaled = {model_type for model_type in FAMILIES if discover(family_config(model_type)).scaled_embedding}
+    assert scaled == {"gemma", "gemma2", "gemma3_text"}
+
+
+def coupled(found: Family) -> set[tuple[str, str, int]]:
+    """Couplings as plain tuples."""
+    return {(coupling.axis, coupling.other, coupling.ratio) for coupling in found.layout.couplings}
+
+
+def test_couplings_of_every_family() -> None:
+    """Sizes that one field holds, and families that compute their head width."""
+    found = {model_type: coupled(discover(family_config(model_type))) for model_type in FAMILIES}
+    assert {model_type: pairs for model_type, pairs in found.items() if pairs} == {
+        "gpt_neox": {("hidden", "head", 16), ("kv_head", "head", 1)},
+        "stablelm": {("hidden", "head", 16)},
+        "olmoe": {("hidden", "head", 16)},
+    }
+    sparse = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "first_k_dense_replace": 1}
+    assert coupled(discover(hf_config("glm4_moe", n_shared_experts=1, **sparse))) == {("shared_ffn", "expert_ffn", 1)}
+
+
+def test_coupled_sizes_follow_or_are_refused() -> None:
+    """gpt-neox: hidden channels are heads times their width, whichever of them is given."""
+    shape = discover(family_config("gpt_neox")).architecture
+    assert shape.couplings == (Coupling("hidden", "head", 16), Coupling("kv_head", "head", 1))
+    for given in ({"hidden_size": 96}, {"num_heads": 6}, {"num_kv_heads": 6}, {"num_heads": 6, "hidden_size": 96}):
+        cut = shape.with_coupled(**given)
+        assert (cut.hidden_size, cut.num_heads, cut.num_kv_heads) == (96, 6, 6)
+        cut.check_within(shape)
+    wrong = [({"hidden_size": 96, "num_heads": 4}, "hidden_size=96 and num_heads=4"), ({"hidden_size": 100}, "hidden_size=100 and num_heads=8")]
+    for given, words in wrong:
+        with pytest.raises(ArchitectureError, match=rf"ties hidden_size to 16 \* num_heads: {words} do not go together"):
+            shape.with_coupled(**given).check_within(shape)
+    with pytest.raises(ArchitectureError, match="ties num_kv_heads to num_heads: num_kv_heads=4 and num_heads=8"):
+        shape.replace(num_kv_heads=4).check_within(shape)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_fewer_experts_than_a_token_is_sent_to_are_refused(model_type: str) -> None:
+    shape = discover(family_config(model_type)).architecture
+    assert (shape.num_experts, shape.num_experts_per_token) == (4, 2)
+    shape.replace(num_experts=2).check_within(shape)
+    with pytest.raises(ArchitectureError, match="num_experts=1 is fewer than the 2 experts that every token is sent to"):
+        shape.replace(num_experts=1).check_within(shape)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "dims"),
+    [
+        ("llama", "model.layers.1.self_attn.q_proj.weight", "head*16, hidden"),
+        ("llama", "model.layers.1.mlp.gate_proj.bias", "ffn"),
+        ("phi3", "model.layers.1.self_attn.qkv_proj.weight", "head*16|kv_head*16|kv_head*16, hidden"),
+        ("phi3", "model.layers.1.mlp.gate_up_proj.weight", "ffn|ffn, hidden"),
+        ("gpt_neox", "gpt_neox.layers.1.attention.query_key_value.weight", "head*48, hidden"),
+        ("olmo2", "model.layers.1.self_attn.k_norm.weight", "kv_head*16"),
+        ("qwen3", "model.layers.1.self_attn.k_norm.weight", "16"),
+        ("mixtral", "model.layers.1.mlp.experts.gate_up_proj", "expert, expert_ffn|expert_ffn, hidden"),
+        ("mixtral", "model.layers.1.mlp.gate.weight", "expert, hidden"),
+        ("gpt_oss", "model.layers.1.mlp.experts.gate_up_proj", "expert, hidden, expert_ffn*2"),
+        ("gpt_oss", "model.layers.1.self_attn.sinks", "head"),
+        ("qwen2_moe", "model.layers.2.mlp.shared_expert.up_proj.weight", "shared_ffn, hidden"),
+        ("nemotron_h", "model.layers.1.mixer.gate.e_score_correction_bias", "expert"),
+    ],
+)
+def test_axes_of_parameters(model_type: str, name: str, dims: str) -> None:
+    spec = next(s for s in discover(family_config(model_type)).layout.parameters if s.name == name)
+    assert ", ".join(describe_dim(dim) for dim in spec.dims) == dims
+    assert spec.layer == int(name.split(".layers.")[1].split(".")[0]) and spec.buffer is name.endswith("correction_bias")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_map_has_every_parameter_with_its_shape(model_type: str, variant: str) -> None:
+    """Against the model itself, at the sizes of the table."""
+    config = family_config(model_type, variant)
     found = discover(config)
-    torch.manual_seed(0)
-    weights = {spec.name: torch.randn(spec.shape(found.architecture.size)) for spec in found.layout.parameters}
-    target = found.architecture.replace(hidden_size=64)
-    plan = make_plan(proof.random_scores(found.architecture), found.architecture, target, kept_layers=[0, 1, 2], norm_rescale=False)
-    cut = dict(prune_weights(weights.__getitem__, plan, found))
-    exact = dict(prune_weights(weights.__getitem__, dataclasses.replace(plan, norm_rescale=True), found))
-    assert target_config(config, plan, found).rms_norm_eps == config.rms_norm_eps
-    assert target_config(config, dataclasses.replace(plan, norm_rescale=True), found).rms_norm_eps == pytest.approx(config.rms_norm_eps * 96 / 64)
-    for name in ("model.norm.weight", "model.layers.1.input_layernorm.weight"):
-        assert torch.equal(cut[name], weights[name][plan.hidden])
-        torch.testing.assert_close(exact[name].double(), weights[name][plan.hidden].double() * (96 / 64) ** 0.5, rtol=1e-6, atol=0)
-    assert torch.equal(cut["lm_head.weight"], exact["lm_head.weight"])
-
-
-def test_lists_that_run_per_layer_follow_the_kept_layers() -> None:
-    """qwen2's layer_types, and generation after a depth cut, which stale layer indices would break."""
-    kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
-    config = hf_config("qwen2", layers=4, layer_types=kinds, use_sliding_window=True, sliding_window=8, max_window_layers=0)
-    found = discover(config)
-    target = found.architecture.replace(num_layers=2)
-    plan = make_plan(proof.random_scores(found.architecture), found.architecture, target, kept_layers=[0, 3])
-    small = target_config(config, plan, found)
-    assert small.layer_types == ["full_attention", "sliding_attention"]
-    torch.manual_seed(0)
-    weights = {spec.name: torch.randn(spec.shape(found.architecture.size)) * 0.1 for spec in found.layout.parameters}
-    model = model_from_weights(small, dict(prune_weights(weights.__getitem__, plan, found)), dtype=torch.float32, device=torch.device("cpu"))
-    model.config.use_cache = True
-    tokens = torch.arange(1, 6).unsqueeze(0)
-    greedy = model.generate(tokens, max_new_tokens=6, do_sample=False)  # type: ignore[operator]
-    model.config.use_cache = False
-    assert torch.equal(greedy, model.generate(tokens, max_new_tokens=6, do_sample=False, use_cache=False))  # type: ignore[operator]
+    real = {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}
+    assert {s.name: s.shape(found.architecture.size) for s in found.layout.parameters if not s.buffer} == real
+    assert found.architecture.num_parameters == sum(p.numel() for p in meta_model(config).parameters())

@@ -29,7 +29,7 @@ LEVELS = {
     **dict.fromkeys(("prune", "evaluate", "distill"), 4),
     **dict.fromkeys(("importance", "search", "sparsify", "report"), 5),
     "stages": 6,
-    **dict.fromkeys(("config", "pipeline", "estimate", "checks", "summary"), 7),
+    **dict.fromkeys(("config", "pipeline", "estimate", "checks", "summary", "inspection", "inspection_table"), 7),
     "cli": 8,
 }
 #: Files of one level that may know each other; rooms (folders) of one level never do.
@@ -37,6 +37,8 @@ SIBLINGS = {
     ("checks", "config"),
     ("checks", "estimate"),
     ("estimate", "config"),
+    ("inspection", "config"),
+    ("inspection_table", "inspection"),
     ("summary", "config"),
     ("pipeline", "config"),
     ("summary", "estimate"),

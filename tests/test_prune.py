@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_models import tiny_llama
+from helpers_models import family_config, hf_config, random_plan, random_weights, tiny_llama
 
 from minitron.core.architecture import Architecture
 from minitron.core.plan import PrunePlan, make_plan, top
@@ -18,8 +18,9 @@ from minitron.core.scores import ImportanceScores
 from minitron.errors import ArchitectureError, CheckpointError
 from minitron.models import Family, config_of, discover, load_causal_lm
 from minitron.models.load import model_from_weights
+from minitron.models.stored import to_stored
 from minitron.models.weights import WeightReader, copy_companions, write_weights
-from minitron.prune import prune_weights, target_config
+from minitron.prune import layout_of, prune_weights, target_config
 from minitron.prune.proof import random_scores
 
 CPU = torch.device("cpu")
@@ -33,16 +34,13 @@ def teacher_in(folder: Path, **sizes: Any) -> tuple[Path, Family]:
 
 def plan_of(family: Family, *, layers: tuple[int, ...] = (0, 1, 3), seed: int = 0, **sizes: int) -> PrunePlan:
     """A plan by random scores; by default every axis is cut."""
-    shape = family.architecture
-    wanted = {"hidden_size": 32, "ffn_size": 40, "num_heads": 4, "num_kv_heads": 2} if not sizes else sizes
-    target = shape.replace(num_layers=len(layers), **wanted)
-    return make_plan(random_scores(shape, seed=seed), shape, target, kept_layers=list(layers))
+    return random_plan(family, layers=layers, seed=seed, **(sizes or {"hidden_size": 32, "ffn_size": 40, "num_heads": 4, "num_kv_heads": 2}))
 
 
 def write_pruned(source: Path, family: Family, plan: PrunePlan, out: Path, **options: int) -> int:
     """The pruned model as a folder, as the stage writes it."""
     out.mkdir()
-    count = write_weights(out, prune_weights(WeightReader(source).get, plan, family), **options)
+    count = write_weights(out, prune_weights(WeightReader(source), plan, family), **options)
     target_config(config_of(source), plan, family).save_pretrained(out)
     copy_companions(source, out)
     return count
@@ -63,7 +61,7 @@ def test_pruned_folder_reloads_strictly(tmp_path: Path, tied: bool) -> None:
     plan = plan_of(family)
     count = write_pruned(source, family, plan, tmp_path / "pruned")
     assert digest(source) == before
-    weights = dict(prune_weights(WeightReader(source).get, plan, family))
+    weights = dict(prune_weights(WeightReader(source), plan, family))
     assert ("lm_head.weight" in weights) is not tied
     memory = model_from_weights(target_config(config_of(source), plan, family), weights, dtype=torch.float32, device=CPU).eval()
     disk, info = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype=torch.float32, output_loading_info=True)
@@ -81,7 +79,7 @@ def test_every_tensor_is_the_teachers_at_the_kept_indices(tmp_path: Path) -> Non
     """By hand, for one kept layer: q and o by heads, k and v by groups, gate, up and down by neurons, all by hidden channels."""
     source, family = teacher_in(tmp_path / "teacher")
     plan = plan_of(family)
-    old, new = WeightReader(source).get, dict(prune_weights(WeightReader(source).get, plan, family))
+    old, new = WeightReader(source).get, dict(prune_weights(WeightReader(source), plan, family))
     hidden = torch.tensor(plan.hidden)
     by = {axis: torch.tensor(plan.by_layer[axis][3]) for axis in ("ffn", "head", "kv_head")}
     head, group = ((by[axis][:, None] * 6 + torch.arange(6)).flatten() for axis in ("head", "kv_head"))
@@ -145,7 +143,7 @@ def test_damaged_weights_are_refused_by_name(tmp_path: Path) -> None:
     for length in (len(data) // 2, 6, 0):
         file.write_bytes(data[:length])
         with pytest.raises(CheckpointError, match=str(source)):
-            list(prune_weights(WeightReader(source).get, plan, family))
+            list(prune_weights(WeightReader(source), plan, family))
         with pytest.raises(CheckpointError, match=str(source)):
             load_causal_lm(source, dtype=torch.float32, device=CPU)
     file.unlink()
@@ -186,17 +184,37 @@ def test_weights_that_do_not_match_the_config_are_refused(tmp_path: Path) -> Non
         list(prune_weights(weights.__getitem__, plan_of(family), family))
 
 
+def sparse_plan(**sizes: Any) -> tuple[Family, PrunePlan]:
+    """A plan for layers with and without experts, and with a shared one."""
+    family = discover(family_config("qwen2_moe"))
+    sizes = sizes or {"hidden_size": 64, "ffn_size": 100, "num_experts": 3, "expert_ffn_size": 20, "shared_ffn_size": 24, "num_heads": 4}
+    return family, random_plan(family, layers=(1, 2), **sizes)
+
+
 def test_plan_survives_a_round_trip(tmp_path: Path) -> None:
     _, family = teacher_in(tmp_path / "teacher")
-    plan = dataclasses.replace(plan_of(family), norm_rescale=False, provenance={"metric": "random", "seed": 0})
+    plan = dataclasses.replace(plan_of(family), norm_rescale=False, provenance={"metric": "random", "seed": 0}, teacher="abc")
     plan.save(tmp_path / "plan.json")
     again = PrunePlan.load(tmp_path / "plan.json", family.architecture)
     assert again == plan
     assert again.architecture.num_parameters == plan.architecture.num_parameters
 
 
+def test_a_plan_with_experts_survives_a_round_trip(tmp_path: Path) -> None:
+    """Kept layers, experts and their neurons, head pairs; and the count, which depends on which layers stay."""
+    family, plan = sparse_plan(hidden_size=64, num_experts=3, expert_ffn_size=20, num_heads=4, num_kv_heads=4, head_merge="laco")
+    plan.save(tmp_path / "plan.json")
+    again = PrunePlan.load(tmp_path / "plan.json", family.architecture)
+    assert again == plan and again.head_merge == "laco" and again.head_pairs[2] and again.by_expert.keys() == {2}
+    assert again.architecture.kept_layers == (1, 2)
+    assert again.architecture.num_parameters == plan.architecture.num_parameters != plan.architecture.replace(kept_layers=(0, 2)).num_parameters
+    assert [len(experts) for experts in again.by_expert.values()] == [3] and {len(neurons) for neurons in again.by_expert[2]} == {20}
+    assert again.kept("expert_ffn", 2, again.by_layer["expert"][2][1]) == plan.by_expert[2][1]
+    assert again.kept("ffn", 2) is None and again.kept("hidden", None) == plan.hidden
+
+
 def test_bad_plans_are_refused(tmp_path: Path) -> None:
-    """Indices beyond the teacher, twice, unsorted or negative; a plan for a larger teacher; no plan at all."""
+    """Indices beyond the teacher, twice, unsorted or negative; heads of dropped groups; a plan for a larger teacher; no plan at all."""
     _, family = teacher_in(tmp_path / "teacher")
     path = tmp_path / "plan.json"
     plan_of(family).save(path)
@@ -207,19 +225,50 @@ def test_bad_plans_are_refused(tmp_path: Path) -> None:
         ("hidden", [good["hidden"][0], *good["hidden"][:-1]]),
         ("layer", [0, 3, 1]),
         ("layer", [0, 1, 4]),
-        ("ffn", {**good["ffn"], "1": [0, 64]}),
-        ("head", {**good["head"], "0": [8]}),
     ]
     for key, value in wrong:
         path.write_text(json.dumps({**good, key: value}))
         with pytest.raises(CheckpointError, match=f"axis '{key}'"):
             PrunePlan.load(path, family.architecture)
+    for axis, layer, indices in (
+        ("ffn", "1", [*range(39), 64]),
+        ("ffn", "3", [*range(39), 38]),
+        ("head", "0", [0, 1, 2, 8]),
+        ("kv_head", "0", [-1, 2]),
+    ):
+        path.write_text(json.dumps({**good, "by_layer": {**good["by_layer"], axis: {**good["by_layer"][axis], layer: indices}}}))
+        with pytest.raises(CheckpointError, match=f"axis '{axis}'"):
+            PrunePlan.load(path, family.architecture)
+    groups = good["by_layer"]["kv_head"]["1"]
+    heads = [2 * group + i for group in range(4) if group not in groups for i in range(2)]
+    path.write_text(json.dumps({**good, "by_layer": {**good["by_layer"], "head": {**good["by_layer"]["head"], "1": heads}}}))
+    with pytest.raises(CheckpointError, match="heads of layer 1 that do not lie equally many in each kept group"):
+        PrunePlan.load(path, family.architecture)
     for text in ("", "{}", '{"layer": [0]}', "not json"):
         path.write_text(text)
         with pytest.raises(CheckpointError, match="plan.json is not a prune plan"):
             PrunePlan.load(path, family.architecture)
     with pytest.raises(CheckpointError, match="missing.json"):
         PrunePlan.load(tmp_path / "missing.json", family.architecture)
+
+
+def test_widths_that_differ_by_layer_are_refused(tmp_path: Path) -> None:
+    """What no Hugging Face config can express, in one sentence; for plain layers, experts, and neurons of one expert."""
+    _, family = teacher_in(tmp_path / "teacher")
+    plan = plan_of(family)
+    uneven = {**plan.by_layer, "ffn": {**plan.by_layer["ffn"], 1: plan.by_layer["ffn"][1][:-1]}}
+    with pytest.raises(ArchitectureError, match="39 units of layer 1 on axis 'ffn', its architecture says 40: widths that differ") as caught:
+        dataclasses.replace(plan, by_layer=uneven).check(family.architecture)
+    assert "\n" not in str(caught.value)
+    family, plan = sparse_plan()
+    fewer = dataclasses.replace(plan, by_expert={2: [plan.by_expert[2][0][:-1], *plan.by_expert[2][1:]]})
+    with pytest.raises(ArchitectureError, match="19 units of layer 2 on axis 'expert_ffn', its architecture says 20"):
+        fewer.check(family.architecture)
+    dropped = {**plan.by_layer, "expert": {2: plan.by_layer["expert"][2][:-1]}}
+    with pytest.raises(ArchitectureError, match="2 units of layer 2 on axis 'expert', its architecture says 3"):
+        dataclasses.replace(plan, by_layer=dropped).check(family.architecture)
+    with pytest.raises(CheckpointError, match="axis 'expert_ffn' that a teacher with 48"):
+        dataclasses.replace(plan, by_expert={2: [[*range(19), 48], *plan.by_expert[2][1:]]}).check(family.architecture)
 
 
 def test_impossible_targets_are_refused(tmp_path: Path) -> None:
@@ -255,3 +304,163 @@ def test_scores_file_round_trip_and_damage(tmp_path: Path) -> None:
         ImportanceScores.load(tmp_path / "scores.safetensors")
     with pytest.raises(CheckpointError, match="run 'minitron importance' first"):
         ImportanceScores.load(tmp_path / "none.safetensors")
+
+
+def test_plain_slicing_copies_norms_and_eps() -> None:
+    """With norm_rescale=False the pruned norm weights are the teacher's kept entries, bit for bit, and eps stays."""
+    config = hf_config("llama")
+    found = discover(config)
+    weights = random_weights(found)
+    plan = random_plan(found, hidden_size=64, norm_rescale=False)
+    cut = dict(prune_weights(weights.__getitem__, plan, found))
+    exact = dict(prune_weights(weights.__getitem__, dataclasses.replace(plan, norm_rescale=True), found))
+    assert target_config(config, plan, found).rms_norm_eps == config.rms_norm_eps
+    assert target_config(config, dataclasses.replace(plan, norm_rescale=True), found).rms_norm_eps == pytest.approx(config.rms_norm_eps * 96 / 64)
+    for name in ("model.norm.weight", "model.layers.1.input_layernorm.weight"):
+        assert torch.equal(cut[name], weights[name][plan.hidden])
+        torch.testing.assert_close(exact[name].double(), weights[name][plan.hidden].double() * (96 / 64) ** 0.5, rtol=1e-6, atol=0)
+    assert torch.equal(cut["lm_head.weight"], exact["lm_head.weight"])
+
+
+def built(config: Any, plan: PrunePlan, family: Family, *, seed: int = 0) -> Any:
+    """The pruned model of random weights, from their names in memory."""
+    weights = random_weights(family, seed=seed)
+    cut = dict(
+        to_stored(
+            discover(target_config(config, plan, family)).stored,
+            prune_weights(weights.__getitem__, plan, family, layout=family.layout),
+            plan.architecture.size,
+        )
+    )
+    return model_from_weights(target_config(config, plan, family), cut, dtype=torch.float32, device=CPU).eval()
+
+
+SLIDING = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 0}
+KINDS = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "kept", "expected"),
+    [
+        ("qwen2", {**SLIDING, "layer_types": KINDS}, (0, 2), {"layer_types": ["full_attention", "sliding_attention"]}),
+        ("qwen2", {**SLIDING, "layer_types": KINDS, "max_window_layers": 3}, (1, 3), {"layer_types": KINDS[2:], "max_window_layers": 1}),
+        ("gemma2", {"sliding_window": 4, "layer_types": KINDS, "layers": 4}, (1, 2), {"layer_types": ["sliding_attention"] * 2}),
+        ("smollm3", {**SLIDING, "layer_types": KINDS, "no_rope_layers": [1, 0, 0, 1], "layers": 4}, (2, 3), {"no_rope_layers": [0, 1]}),
+        ("gpt_oss", {"layer_types": KINDS, "layers": 4}, (0, 3), {"layer_types": ["full_attention"] * 2}),
+        ("qwen3_moe", {}, (1, 3), {"decoder_sparse_step": 1, "mlp_only_layers": [1], "num_hidden_layers": 2}),
+        ("qwen3_moe", {}, (0, 2, 3), {"decoder_sparse_step": 1, "mlp_only_layers": [0, 1, 2]}),
+        ("qwen2_moe", {}, (1, 2), {"mlp_only_layers": [0]}),
+        ("nemotron_h", {}, (0, 2, 3), {"layers_block_type": ["linear_attention", "full_attention", "mlp"]}),
+    ],
+)
+def test_what_runs_over_the_layers_follows_those_kept(
+    model_type: str, options: dict[str, Any], kept: tuple[int, ...], expected: dict[str, Any]
+) -> None:
+    """Lists, indices and counts, and generation afterwards, which stale layer indices would break: with a cache as without one."""
+    config = family_config(model_type, **{"layers": 4, **options}) if model_type == "qwen2" else family_config(model_type, **options)
+    family = discover(config)
+    plan = random_plan(family, layers=kept)
+    small = target_config(config, plan, family)
+    assert {key: getattr(small, key) for key in expected} == expected and small.num_hidden_layers == len(kept)
+    model = built(config, plan, family)
+    tokens = torch.arange(1, 7).unsqueeze(0)
+    greedy = model.generate(tokens, max_new_tokens=6, do_sample=False, use_cache=True)
+    assert greedy.shape == (1, 12)
+    assert torch.equal(greedy, model.generate(tokens, max_new_tokens=6, do_sample=False, use_cache=False))
+
+
+def test_counts_of_leading_dense_layers_follow_the_kept_ones() -> None:
+    """``first_k_dense_replace``: two of the first three layers are dense after the second is dropped."""
+    sparse = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_shared_experts": 1, "first_k_dense_replace": 2}
+    config = hf_config("glm4_moe", layers=4, **sparse)
+    family = discover(config)
+    assert family.layout.layers_with("ffn") == [0, 1] and family.layout.layers_with("expert") == [2, 3]
+    for kept, dense in (((0, 2, 3), 1), ((2, 3), 0), ((0, 1, 3), 2)):
+        plan = random_plan(family, layers=kept, hidden_size=64, num_experts=3)
+        assert target_config(config, plan, family).first_k_dense_replace == dense
+        model = built(config, plan, family)
+        assert sum(p.numel() for p in model.parameters()) == plan.architecture.num_parameters
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss", "nemotron_h", "qwen2_moe", "llama"])
+def test_the_form_of_a_checkpoint_is_transformers_own(model_type: str) -> None:
+    """Names and bits of a whole model as transformers would save them; and a cut by those names is the cut in memory, converted."""
+    from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    config = family_config(model_type)
+    family = discover(config)
+    model = AutoModelForCausalLM.from_config(config).float()
+    memory = dict(model.state_dict())
+    reference = revert_weight_conversion(model, dict(memory))
+    stored = dict(to_stored(family.stored, ((s.name, memory[s.name]) for s in family.layout.parameters), family.architecture.size))
+    assert stored.keys() == reference.keys() == {spec.name for spec in family.stored_layout.parameters}
+    assert all(torch.equal(stored[name], tensor) for name, tensor in reference.items())
+    assert layout_of(stored, family) is family.stored_layout
+    sizes = {"num_experts": 3, "expert_ffn_size": 20} if family.architecture.num_experts else {"ffn_size": 40}
+    plan = random_plan(family, layers=(0, 2), hidden_size=64, num_heads=4, num_kv_heads=2, **sizes)
+    small = discover(target_config(config, plan, family))
+    by_names = dict(prune_weights(stored.__getitem__, plan, family))
+    converted = dict(to_stored(small.stored, prune_weights(memory.__getitem__, plan, family, layout=family.layout), plan.architecture.size))
+    assert by_names.keys() == converted.keys()
+    assert all(torch.equal(by_names[name], tensor) for name, tensor in converted.items())
+
+
+def test_experts_are_cut_each_by_its_own_neurons() -> None:
+    """By hand, for one kept expert: the rows of its gate and up matrices and the columns of its down matrix; the router's row goes along."""
+    family, plan = sparse_plan()
+    weights = random_weights(family)
+    cut = dict(prune_weights(weights.__getitem__, plan, family, layout=family.layout))
+    hidden = torch.tensor(plan.hidden)
+    kept = plan.by_layer["expert"][2]
+    for new, old in enumerate(kept):
+        neurons = torch.tensor(plan.by_expert[2][new])
+        gate_up, down = (weights[f"model.layers.2.mlp.experts.{name}_proj"][old] for name in ("gate_up", "down"))
+        rows = torch.cat([neurons, 48 + neurons])
+        assert torch.equal(cut["model.layers.1.mlp.experts.gate_up_proj"][new], gate_up[rows][:, hidden])
+        assert torch.equal(cut["model.layers.1.mlp.experts.down_proj"][new], down[hidden][:, neurons])
+    assert torch.equal(cut["model.layers.1.mlp.gate.weight"], weights["model.layers.2.mlp.gate.weight"][kept][:, hidden])
+    assert plan.by_expert[2][0] != plan.by_expert[2][1]
+
+
+def test_the_teachers_tensors_are_not_touched() -> None:
+    family = discover(family_config("phi3", "mha"))
+    weights = random_weights(family)
+    before = {name: tensor.clone() for name, tensor in weights.items()}
+    plan = random_plan(family, layers=(0, 2), hidden_size=64, num_heads=5, num_kv_heads=5, head_merge="paper")
+    for _, tensor in prune_weights(weights.__getitem__, plan, family):
+        tensor.zero_()
+    changed = {name for name, tensor in weights.items() if not torch.equal(tensor, before[name])}
+    assert not changed
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "words"),
+    [
+        ("llama", {"hidden_size": 90, "num_heads": 4, "num_kv_heads": 2}, "a llama config cannot have .*'hidden_size': 90.*multiple of the number"),
+        ("gemma2", {"num_heads": 5, "num_kv_heads": 5}, "a gemma2 config cannot have .*'num_attention_heads': 5"),
+    ],
+)
+def test_a_shape_that_the_config_class_refuses_is_refused_before_any_weight_is_read(model_type: str, sizes: dict[str, int], words: str) -> None:
+    """The same sizes are fine in a family without the rule."""
+    for kind in (model_type, "mistral"):
+        config = family_config(kind, "mha" if "num_kv_heads" in sizes and sizes["num_kv_heads"] > 4 else "gqa")
+        family = discover(config)
+        plan = random_plan(family, **sizes)
+        if kind == "mistral":
+            assert target_config(config, plan, family).hidden_size == plan.architecture.hidden_size
+            continue
+        with pytest.raises(ArchitectureError, match=words) as caught:
+            target_config(config, plan, family)
+        assert "\n" not in str(caught.value)
+
+
+def test_layers_that_a_config_cannot_express_are_refused() -> None:
+    """Leading dense layers are a count: sparse layers before a dense one cannot be said with it."""
+    sparse = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_shared_experts": 1, "first_k_dense_replace": 2}
+    config = hf_config("glm4_moe", layers=4, **sparse)
+    family = discover(config)
+    plan = random_plan(family, layers=(0, 2, 3))
+    swapped = dataclasses.replace(plan, layer=[2, 0, 3])
+    with pytest.raises(ArchitectureError, match=r"'glm4_moe' config cannot express layers \[2, 0, 3\] of the teacher: parameter 'model\.layers\.0"):
+        target_config(config, swapped, family)

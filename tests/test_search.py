@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers_models import family_config, hf_config
 
 from minitron.core.architecture import Architecture
 from minitron.core.plan import select_layers
@@ -17,6 +18,7 @@ from minitron.errors import ArchitectureError, ConfigError
 from minitron.models import discover
 from minitron.paths import conf_dir
 from minitron.search import SearchConfig, TargetConfig, axis_values, budget, enumerate_shapes, explicit_shape, pick_diverse
+from minitron.search.enumerate import shapes_of
 
 #: Minitron 4B's space: arXiv 2407.14679, table 9.
 PAPER_4B: dict[str, list[Any]] = {
@@ -158,6 +160,70 @@ def test_every_enumerated_shape_can_be_cut() -> None:
     assert pairs == {(1, 1), (2, 1), (2, 2), (4, 2), (3, 3), (6, 3), (4, 4), (8, 4)}
     with pytest.raises(ArchitectureError, match="holds no shape"):
         enumerate_shapes({**space, "num_heads": [7], "num_kv_heads": [2]}, teacher, num_parameters=1e4, tolerance=0.5)
+
+
+def coupled() -> Architecture:
+    """A tiny gpt-neox: hidden channels are 16 times the heads, every head has its own keys and values."""
+    return discover(family_config("gpt_neox")).architecture
+
+
+def test_coupled_sizes_follow_in_an_explicit_target() -> None:
+    """128 channels, 8 heads: whichever of them is given."""
+    teacher = coupled()
+    for given in ({"hidden_size": 96}, {"num_heads": 6}, {"num_kv_heads": 6}, {"hidden_size": 96, "num_heads": 6, "num_kv_heads": 6}):
+        shape = explicit_shape(TargetConfig(name="explicit", **given), teacher)  # type: ignore[arg-type]
+        assert (shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.ffn_size) == (96, 6, 6, 160)
+    for given, words in (
+        ({"hidden_size": 96, "num_heads": 4}, "ties hidden_size to 16 .* num_heads: hidden_size=96 and num_heads=4 do not go together"),
+        ({"hidden_size": 100}, "hidden_size=100 and num_heads=8"),
+        ({"num_heads": 4, "num_kv_heads": 2}, "ties num_kv_heads to num_heads: num_kv_heads=2 and num_heads=4"),
+    ):
+        with pytest.raises(ArchitectureError, match=words):
+            explicit_shape(TargetConfig(name="explicit", **given), teacher)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [{"axes": ["hidden"]}, {"axes": ["head"]}, {"axes": ["kv_head"]}, {"axes": ["hidden", "head", "kv_head"]}])
+def test_coupled_sizes_follow_in_the_grid(given: dict[str, Any]) -> None:
+    """Every whole number of heads from a quarter on, whichever of the coupled axes is searched, each once."""
+    teacher = coupled()
+    found = shapes_of(axis_values(SearchConfig(divisor=16, **given), teacher), teacher)
+    assert sorted((shape.hidden_size, shape.num_heads, shape.num_kv_heads) for shape in found) == [(16 * n, n, n) for n in range(2, 9)]
+    for shape in found:
+        shape.check_within(teacher)
+
+
+def test_coupled_sizes_that_are_all_given_must_agree() -> None:
+    teacher = coupled()
+    found = shapes_of(axis_values(SearchConfig(axes=[], hidden_size=[64, 72, 96], num_heads=[4, 5]), teacher), teacher)
+    assert [(shape.hidden_size, shape.num_heads, shape.num_kv_heads) for shape in found] == [(64, 4, 4)]
+    shared = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_shared_experts": 1, "first_k_dense_replace": 1}
+    teacher = discover(hf_config("glm4_moe", **shared)).architecture
+    found = shapes_of(axis_values(SearchConfig(axes=["expert_ffn"], divisor=16), teacher), teacher)
+    assert [(shape.expert_ffn_size, shape.shared_ffn_size, shape.ffn_size) for shape in found] == [(16, 16, 160), (32, 32, 160), (48, 48, 160)]
+
+
+def test_experts_in_the_grid() -> None:
+    """Numbers of experts, their neurons, and a shared expert's; never fewer experts than a token is sent to."""
+    teacher = discover(family_config("qwen2_moe")).architecture
+    assert (teacher.num_experts, teacher.num_experts_per_token, teacher.expert_ffn_size, teacher.shared_ffn_size) == (4, 2, 48, 56)
+    space = axis_values(SearchConfig(axes=["expert", "expert_ffn", "shared_ffn"], divisor=16), teacher)
+    assert space["num_experts"] == [1, 2, 3, 4] and space["expert_ffn_size"] == [16, 32, 48] and space["shared_ffn_size"] == [16, 32, 48, 56]
+    found = shapes_of(space, teacher)
+    sizes = {(shape.num_experts, shape.expert_ffn_size, shape.shared_ffn_size) for shape in found}
+    assert sizes == set(itertools.product([2, 3, 4], [16, 32, 48], [16, 32, 48, 56])) and len(found) == 36
+    for shape in found:
+        shape.check_within(teacher)
+        experts = 2 * (shape.num_experts * 3 * 96 * shape.expert_ffn_size + 96 * shape.num_experts + 3 * 96 * shape.shared_ffn_size)
+        whole = 2 * (4 * 3 * 96 * 48 + 96 * 4 + 3 * 96 * 56)
+        assert teacher.num_parameters - shape.num_parameters == whole - experts  # two of the three layers are sparse
+    given = axis_values(SearchConfig(num_experts=[3], expert_ffn_size=[24, 48], axes=[]), teacher)
+    assert {(shape.num_experts, shape.expert_ffn_size) for shape in shapes_of(given, teacher)} == {(3, 24), (3, 48)}
+    with pytest.raises(ArchitectureError, match="search.num_experts has 5, which is not between 1 and the teacher's 4"):
+        axis_values(SearchConfig(num_experts=[5]), teacher)
+    dense = axis_values(SearchConfig(axes=["layer", "expert"]), small())
+    assert dense["num_experts"] == [0] and len(shapes_of(dense, small())) == 4
+    with pytest.raises(ArchitectureError, match="num_experts=1 is fewer than the 2 experts that every token is sent to"):
+        explicit_shape(TargetConfig(name="explicit", num_experts=1), teacher)
 
 
 def test_diverse_choice() -> None:

@@ -110,16 +110,16 @@ class PrunePlan:
                 document["layer_merge"],
                 [(stays, list(merged)) for stays, merged in document["layer_merges"]],
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            plan.check(teacher)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise CheckpointError(f"{path} is not a prune plan: {error!r}") from error
-        plan.check(teacher)
         return plan
 
     def check(self, teacher: Architecture) -> None:
         """Refuse indices that the teacher does not have, and layers of unequal width, which no Hugging Face config can express.
 
         Raises:
-            CheckpointError: an index is out of range or doubled.
+            CheckpointError: an index is out of range or doubled, a kept layer is left out, or kept heads do not lie in kept groups.
             ArchitectureError: a layer keeps another number of units than the plan's architecture says.
         """
         rows: list[tuple[str, int | None, list[int]]] = [("layer", None, self.layer), ("hidden", None, self.hidden)]
@@ -134,6 +134,22 @@ class PrunePlan:
                     f"the prune plan keeps {len(kept)} units {where}on axis '{axis}', its architecture says {self.architecture.size(axis)}: "
                     "widths that differ from layer to layer cannot be expressed by a Hugging Face config"
                 )
+        self._check_layers(teacher)
+
+    def _check_layers(self, teacher: Architecture) -> None:
+        """Every kept layer is spoken of on every axis that it has, every kept expert has its neurons, and heads lie in their groups."""
+        for axis in ("ffn", "shared_ffn", "expert", "head", "kv_head", "expert_ffn"):
+            wanted = _layers_with(teacher, "head" if axis == "kv_head" else axis, self.layer)
+            found = self.by_expert if axis == "expert_ffn" else self.by_layer.get(axis, {})
+            if sorted(found) != wanted:
+                raise CheckpointError(f"the prune plan tells what to keep on axis '{axis}' in layers {sorted(found)}, not in {wanted}")
+        for layer, experts in self.by_expert.items():
+            if len(experts) != len(self.by_layer["expert"][layer]):
+                raise CheckpointError(f"the prune plan lists neurons of {len(experts)} experts of layer {layer}, and keeps others")
+        per_group, keep = teacher.num_heads // teacher.num_kv_heads, self.architecture.num_heads // self.architecture.num_kv_heads
+        for layer, heads in self.by_layer.get("head", {}).items():
+            if [head // per_group for head in heads] != [group for group in self.by_layer["kv_head"][layer] for _ in range(keep)]:
+                raise CheckpointError(f"the prune plan keeps heads of layer {layer} that do not lie equally many in each kept group")
 
 
 def cut_axes(plan: PrunePlan, teacher: Architecture) -> set[str]:
@@ -174,11 +190,11 @@ def select_layers(
     sentence += f" and depth.protect={list(protect)}" if protect else ""
     if drop > len(candidates):
         raise ArchitectureError(f"{sentence} leave {len(candidates)}")
-    if selection == "contiguous":
+    if selection == "contiguous" and drop:
         runs = [start for start in range(total - drop + 1) if set(range(start, start + drop)) <= set(candidates)]
         if not runs:
             raise ArchitectureError(f"{sentence} leave no run of so many neighbours")
-        sums = window_scores.double() if window_scores is not None else values.unfold(0, drop, 1).sum(1) if drop else values
+        sums = window_scores.double() if window_scores is not None else values.unfold(0, drop, 1).sum(1)
         start = min(runs, key=lambda index: float(sums[index]))
         dropped = set(range(start, start + drop))
     else:

@@ -33,6 +33,9 @@ from minitron.log import get_logger
 
 logger = get_logger(__name__)
 
+#: From the names and tensors in memory to those of a checkpoint.
+Form = Callable[[Iterator[tuple[str, torch.Tensor]]], Iterator[tuple[str, torch.Tensor]]]
+
 
 @dataclass
 class TrainingRun:
@@ -43,7 +46,8 @@ class TrainingRun:
     student writes, and ``seed`` fixes it, where ``on_policy`` asks for some; ``kept_hidden`` are the teacher's channels that the student
     was cut down to, where known.
     ``others`` are further teachers and their weights beside the first, which weighs 1; ``other_signals`` are such that are already in place.
-    ``later_stream`` opens the stream of a phase after the first; ``describe`` puts config and tokenizer beside weights that are kept.
+    ``later_stream`` opens the stream of a phase after the first; ``describe`` puts config and tokenizer beside weights that are kept,
+    and ``form`` gives these the form of a checkpoint.
     """
 
     student: nn.Module
@@ -69,6 +73,7 @@ class TrainingRun:
     other_signals: Sequence[tuple[TeacherSignal, float]] = ()
     later_stream: Callable[[int], SequenceStream] | None = None
     describe: Callable[[Path], None] = lambda folder: None
+    form: Form = lambda weights: weights
     curve: list[dict[str, float]] = field(default_factory=list)
 
     def run(self) -> TrainingResult:
@@ -87,7 +92,7 @@ class TrainingRun:
         checkpointer = Checkpointer(self.folder / "checkpoints", keep=self.training.keep_checkpoints) if self.folder else None
         best = None
         if checkpointer is not None and self.training.keeps_best:
-            best = BestWeights(checkpointer, lambda: student_weights(engine), describe=self.describe)
+            best = BestWeights(checkpointer, lambda: self.form(student_weights(engine)), describe=self.describe)
         progress = self._resume(engine, pair, batches, checkpointer, best)
         if progress.step == 0:
             open_losses(pair, engine, batches, stop=self.stop)
@@ -98,7 +103,7 @@ class TrainingRun:
         tracker.close()
         if progress.step < num_steps:
             raise Interrupted(f"{self.what} stopped at step {progress.step} of {num_steps}; the same command goes on from there")
-        return TrainingResult(engine, progress.step, progress.tokens, self.curve, best)
+        return TrainingResult(engine, progress.step, progress.tokens, self.curve, best, self.form)
 
     def _batches(self, phases: Sequence[Phase]) -> ResumableBatches:
         parts = []
@@ -198,10 +203,11 @@ class TrainingResult:
     tokens: int
     curve: list[dict[str, float]]
     best: BestWeights | None = None
+    form: Form = lambda weights: weights
 
     def student_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole float32 weights of the student by their Hugging Face names; every rank must iterate."""
-        return student_weights(self.engine)
+        """Whole float32 weights of the student, in the form asked for (by default as in memory); every rank must iterate."""
+        return self.form(student_weights(self.engine))
 
 
 def student_weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:

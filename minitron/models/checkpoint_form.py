@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from minitron.core.axes import ParameterSpec
-from minitron.models.family import Family
+from minitron.models.family import Family, discover
 from minitron.models.fields import meta_model
 from minitron.models.stored import to_stored
 from minitron.models.weights import WeightReader
@@ -41,11 +41,13 @@ def folder_weights(reader: WeightReader, family: Family, *, buffers_only: bool =
         yield from reader.items(item.spec.name for item in family.stored if wanted(item.spec))
 
 
-def checkpoint_form(source: Path, family: Family) -> Callable[[NamedTensors], Iterator[tuple[str, torch.Tensor]]]:
+def checkpoint_form(source: Path, config: Any) -> Callable[[NamedTensors], Iterator[tuple[str, torch.Tensor]]]:
     """A function from parameters by their names in memory to the tensors of a checkpoint.
 
-    Saved buffers (a router's correction bias) are no parameters: nothing trains them, and they are carried over from ``source``.
+    Saved buffers (a router's correction bias) are no parameters: nothing trains them, and they are carried over from ``source``,
+    the folder of a model with this config.
     """
+    family = discover(config)
 
     def form(weights: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
         yield from to_stored(family.stored, weights, family.architecture.size)

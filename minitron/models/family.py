@@ -16,7 +16,7 @@ from torch import nn
 from minitron.core.architecture import Architecture
 from minitron.core.axes import Coupling, Dim, Layout, ParameterSpec, Segment
 from minitron.errors import ArchitectureError
-from minitron.models.fields import axis_fields, changed_config, experts_per_token, head_dim_of, meta_model
+from minitron.models.fields import axis_fields, changed_config, experts_per_token, head_dim_of, meta_model, require_decoder
 from minitron.models.layouts import TIED_HEAD_DIM, fused_layout
 from minitron.models.stored import StoredTensor, find_stored, stored_layout
 from minitron.models.taps import NormKind, Taps, embedding_scales_with_hidden, find_norms, find_taps
@@ -90,8 +90,7 @@ def resized_config(config: Any, family: Family, shape: Architecture) -> Any:
 
 
 def _discover(config: Any) -> Family:
-    if getattr(config, "is_encoder_decoder", False):
-        raise ArchitectureError(f"'{config.model_type}' is an encoder-decoder; minitron prunes decoder-only models")
+    require_decoder(config)
     fields = axis_fields(config)
     head_dim = head_dim_of(config, fields)
     probe = _Probe(config, fields, head_dim)

@@ -71,6 +71,28 @@ def experts_per_token(config: Any) -> int:
     return next((int(value) for name in TOP_K_FIELDS if (value := getattr(config, name, None)) is not None), 0)
 
 
+def require_decoder(config: Any) -> None:
+    """Refuse a config of anything but a decoder-only language model.
+
+    Raises:
+        ArchitectureError: an encoder, an encoder-decoder, no language model, or one whose code is not transformers' own.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    kind = config.model_type
+    if type(config).__module__.startswith("transformers_modules."):
+        raise ArchitectureError(
+            f"'{kind}' needs modelling code that came with the checkpoint: only families that transformers itself has can be cut, "
+            "because what is made must load without foreign code"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ArchitectureError(f"'{kind}' is an encoder-decoder; minitron prunes decoder-only models")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ArchitectureError(f"'{kind}' is no decoder-only language model: transformers cannot build a causal LM of type '{kind}'")
+    if type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False):
+        raise ArchitectureError(f"'{kind}' is no decoder-only language model: it is an encoder, which fills in masked words")
+
+
 def meta_model(config: Any) -> nn.Module:
     """The model of a config on the meta device: shapes without weights.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minitron.errors import ArchitectureError
+from minitron.errors import ArchitectureError, DataError
 from minitron.ops.head import Head, LogitTransform
 
 #: Config fields that scale logits. Some models divide by theirs and others multiply by one of the same name: numbers decide.
@@ -35,6 +35,7 @@ def head_of(model: nn.Module) -> Head:
 
     Raises:
         ArchitectureError: nothing that the config names explains the logits.
+        DataError: the model's states are not finite.
     """
     weight, bias = head_parameters(model)
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
@@ -81,6 +82,8 @@ def _observe(model: nn.Module, weight: nn.Parameter) -> tuple[torch.Tensor, torc
     try:
         hidden = decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state[0]
         largest = float((hidden @ weight.T).abs().max())
+        if not math.isfinite(largest):
+            raise DataError("the model's states are NaN or infinite: its weights are damaged, or overflow in this dtype (try teacher.dtype=float32)")
         factor = max(1.0, 2.0 ** round(math.log2(_REACH / max(largest, 1e-6))))  # a power of two: multiplying rounds nothing
         called = []
 

@@ -45,7 +45,8 @@ class TeacherConfig:
 def resolve_teacher(config: TeacherConfig, *, only_config: bool = False) -> Path | None:
     """The teacher's folder on disk, fetched or converted when needed; None when there is only a config.
 
-    ``only_config`` fetches nothing but the config of a hub id.
+    ``only_config`` asks for no more than :func:`config_of` reads: it fetches nothing but the config of a hub id, takes a bare config file,
+    and leaves a GGUF as it is.
 
     Raises:
         ConfigError: no teacher is named.
@@ -56,14 +57,18 @@ def resolve_teacher(config: TeacherConfig, *, only_config: bool = False) -> Path
             return None
         raise ConfigError("there is no teacher: give teacher.path=FOLDER_OR_HUB_ID")
     if config.path.startswith("package:") or config.path.endswith(".gguf"):
-        return _converted_gguf(_gguf_file(config.path))
+        file = _gguf_file(config.path)
+        return file if only_config else _converted_gguf(file)
     folder = Path(config.path).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or (only_config and folder.is_file() and folder.suffix == ".json"):
         return folder
-    looks_local = folder.is_absolute() or config.path.startswith(("./", "../", "~")) or config.path.count("/") != 1
+    if folder.is_file():
+        raise CheckpointError(f"teacher.path={config.path} is a file: give the Hugging Face folder that holds the weights, or a .gguf file")
+    looks_local = folder.is_absolute() or config.path.startswith(("./", "../", "~")) or config.path.endswith(".json") or config.path.count("/") != 1
     if looks_local:
         raise CheckpointError(f"teacher.path={config.path} does not exist")
-    return _from_hub(config.path, config.revision, ["config.json"] if only_config else _HUB_FILES)
+    wanted = ["config.json", *(["*.py"] if config.trust_remote_code else [])] if only_config else _HUB_FILES
+    return _from_hub(config.path, config.revision, wanted)
 
 
 def check_further_teachers(config: TeacherConfig) -> list[tuple[str, float]]:
@@ -104,7 +109,7 @@ def further_teachers(config: TeacherConfig) -> list[tuple[Path, float]]:
     return found
 
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]
 
 
 def _from_hub(name: str, revision: str | None, patterns: list[str]) -> Path:
@@ -141,8 +146,7 @@ def _converted_gguf(file: Path) -> Path:
     stat = file.stat()
     folder = cache_dir() / "teachers" / f"{file.stem}-{stat.st_size}"
     if dist.is_main() and not (folder / "config.json").is_file():
-        if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
-            raise CheckpointError("a GGUF teacher needs the packages gguf and accelerate: pip install 'minitron[gguf]'")
+        _require_gguf()
         logger.info("converting %s into a Hugging Face folder at %s (once)", file.name, folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
@@ -153,6 +157,11 @@ def _converted_gguf(file: Path) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
     return folder
+
+
+def _require_gguf() -> None:
+    if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
+        raise CheckpointError("a GGUF teacher needs the packages gguf and accelerate: pip install 'minitron[gguf]'")
 
 
 def _convert_gguf(file: Path, out: Path) -> None:
@@ -179,29 +188,60 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def config_of(folder: Path | None, config: TeacherConfig | None = None) -> Any:
-    """The HF config of a folder, or of a section that holds a config only.
+def config_of(source: Path | None, config: TeacherConfig | None = None) -> Any:
+    """The HF config of a folder, a bare config file, a GGUF file, or a section that holds a config only.
 
     Raises:
-        CheckpointError: no ``config.json``, or one that transformers does not understand.
+        CheckpointError: no ``config.json``, or one that transformers does not understand, that needs code of its own without consent, or
+            that describes quantized weights or no decoder.
     """
-    from transformers import AutoConfig
-
     quiet_transformers()
-    if folder is None:
-        assert config is not None and config.config is not None
-        values = dict(config.config)
-        return AutoConfig.for_model(values.pop("model_type"), **values)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is no Hugging Face model folder: it has no config.json")
-    try:
-        loaded = AutoConfig.from_pretrained(str(folder), trust_remote_code=bool(config and config.trust_remote_code))
-    except Exception as error:  # unknown types, broken JSON, remote code without consent
-        raise CheckpointError(f"{folder}/config.json cannot be used: {str(error).splitlines()[0]}") from error
+    loaded, where = _read_config(source, config)
     names = getattr(loaded, "architectures", None) or []
     if names and not any("CausalLM" in name or "LMHead" in name for name in names):
-        raise CheckpointError(f"{folder} is no causal language model: its config names {', '.join(names)}")
+        raise CheckpointError(f"{where} is no decoder-only language model: its config names {', '.join(names)}")
+    quantized = getattr(loaded, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
+        told = f" ({getattr(method, 'value', method)})" if method else ""
+        raise CheckpointError(f"{where} is quantized{told}, and quantized weights cannot be cut: give the model in bf16 or float32")
     return loaded
+
+
+def _read_config(source: Path | None, config: TeacherConfig | None) -> tuple[Any, str]:
+    """A config, and how to speak of where it came from."""
+    from transformers import AutoConfig
+
+    trusted = bool(config and config.trust_remote_code)
+    file = source if source is None or source.is_file() else source / "config.json"
+    if file is not None and not file.is_file():
+        raise CheckpointError(f"{source} is no Hugging Face model folder: it has no config.json")
+    try:
+        if file is None:
+            assert config is not None and config.config is not None
+            values = dict(config.config)
+            return AutoConfig.for_model(values.pop("model_type", "null"), **values), "teacher.config"
+        if file.suffix == ".gguf":
+            _require_gguf()
+            return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name), str(file)
+        return AutoConfig.from_pretrained(str(source), trust_remote_code=trusted and source is not None and _brings_code(source)), str(source)
+    except CheckpointError:
+        raise
+    except Exception as error:  # unknown types, broken JSON, remote code without consent
+        if "trust_remote_code" in str(error) and not trusted:
+            raise CheckpointError(f"{source} needs code that comes with it, which is not run without teacher.trust_remote_code=true") from error
+        raise CheckpointError(f"{file or 'teacher.config'} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _brings_code(folder: Path) -> bool:
+    """Whether a model needs code that lies beside it; a type that transformers has itself is loaded with transformers' own class."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        document = json.loads((folder / "config.json").read_text())
+        return "auto_map" in document and document.get("model_type") not in CONFIG_MAPPING
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False  # transformers says what is wrong with the file
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -237,7 +277,7 @@ def load_causal_lm(folder: Path, *, dtype: torch.dtype, device: torch.device | N
     flash = {"attn_implementation": "flash_attention_2"} if flash_attention_usable(dtype) else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code, **flash
+            str(folder), dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code and _brings_code(folder), **flash
         )
     except Exception as error:  # safetensors and transformers raise assorted types for damaged files
         raise CheckpointError(f"the weights in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error

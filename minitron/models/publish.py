@@ -12,6 +12,7 @@ from typing import Any
 
 from minitron.core.manifest import write_text
 from minitron.errors import CheckpointError
+from minitron.models.family import Family
 from minitron.models.fields import meta_model
 
 #: Files with terms of use; they follow the weights.
@@ -72,16 +73,13 @@ def copy_licence(source: Path, target: Path) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
-def check_reload(
-    folder: Path, *, source: Path, num_parameters: int, dtype: str, head_dim: int, tied: bool, kept: set[str], buffers: set[str]
-) -> dict[str, Any]:
+def check_reload(folder: Path, *, source: Path, family: Family, dtype: str, kept: set[str]) -> dict[str, Any]:
     """Let a fresh process load a folder with plain transformers, and compare it with the model it was made from.
 
     Args:
         source: the same model as it was before; its logits in ``dtype`` must be the same bit for bit.
+        family: what it must be: number of parameters, head dimension, ties.
         dtype: name of the torch dtype of every floating-point tensor but those in ``kept``.
-        tied: whether embedding and head are one tensor.
-        buffers: names of saved tensors that are no parameters.
 
     Returns:
         Versions that it was checked with.
@@ -89,8 +87,10 @@ def check_reload(
     Raises:
         CheckpointError: the folder is not what was promised; the sentence says why.
     """
-    told = {"folder": str(folder.resolve()), "source": str(source.resolve()), "num_parameters": num_parameters, "dtype": dtype}
-    told |= {"head_dim": head_dim, "tied": tied, "kept": sorted(kept), "buffers": sorted(buffers)}
+    shape = family.architecture
+    told: dict[str, Any] = {"folder": str(folder.resolve()), "source": str(source.resolve()), "dtype": dtype, "kept": sorted(kept)}
+    told |= {"num_parameters": shape.num_parameters, "head_dim": shape.head_dim, "tied": shape.tied_embeddings}
+    told["buffers"] = [item.spec.name for item in family.stored if item.spec.buffer]
     environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHER}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     script = Path(__file__).with_name("reload_script.py").read_text(encoding="utf-8")

@@ -27,7 +27,8 @@ def stored_tensors(folder: Path) -> dict[str, tuple[str, int]]:
     """
     from safetensors import safe_open
 
-    found, files = {}, {}
+    found: dict[str, tuple[str, int]] = {}
+    files: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(str(path), "pt") as handle:
             for name in handle.keys():  # noqa: SIM118
@@ -133,18 +134,27 @@ def check_tokenizer(folder: Path, source: Path) -> None:
         raise Refused("the tokenizer or its chat template is not that of the source")
 
 
+def check(told: dict[str, Any]) -> None:
+    """Everything, the cheap first.
+
+    Raises:
+        Refused: the folder is not as promised.
+    """
+    folder, source = Path(told["folder"]), Path(told["source"])
+    check_files(folder, told)
+    check_model(folder, source, told)
+    check_tokenizer(folder, source)
+
+
 def main() -> None:
     """Check what standard input names."""
     told = json.loads(sys.stdin.read())
-    folder, source = Path(told["folder"]), Path(told["source"])
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     try:
-        check_files(folder, told)
-        check_model(folder, source, told)
-        check_tokenizer(folder, source)
+        check(told)
         foreign = [name for name in sys.modules if name.split(".")[0] in ("minitron", "transformers_modules")]
         if foreign:
             raise Refused(f"loading imported {foreign[0]}")

@@ -113,7 +113,7 @@ def _norm_kind(module: nn.Module, segment: Segment, size_of: SizeOf) -> NormKind
             offset = 1.0 if norm(x).abs().max() > 0 else 0.0
             norm.weight.fill_(1.0 - offset)
             plain, doubled, shifted = norm(x), norm(2 * x), norm(x + 3e3)
-        except (TypeError, AttributeError):  # something else that holds vectors: it takes other arguments, or has no weight
+        except (TypeError, AttributeError, ValueError, RuntimeError):  # something else that holds vectors: it takes other inputs, or has no weight
             return None
     if (plain - doubled).abs().max() > 1e-2:
         return None

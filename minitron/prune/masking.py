@@ -34,14 +34,14 @@ def masked_logits(model: nn.Module, pruned: nn.Module, family: Family, plan: Pru
             if spec.layer is not None and spec.layer not in plan.layer:
                 tensor.zero_()  # an identity block: it adds nothing to the residual stream
             elif spec.module not in kinds:
-                tensor.copy_(torch.where(_mask(spec, plan, family), tensor, 0.0))
+                tensor.copy_(torch.where(kept_elements(spec, plan, family), tensor, 0.0))
         for name in layer_norms:
             _restrict(masked, pruned, name, family, plan)
         with _WithoutExperts(_dropped_experts(masked, family, plan)):
             return masked(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
 
 
-def _mask(spec: ParameterSpec, plan: PrunePlan, family: Family) -> torch.Tensor:
+def kept_elements(spec: ParameterSpec, plan: PrunePlan, family: Family) -> torch.Tensor:
     """True where a parameter's elements stay. [shape of the parameter]"""
     shape = spec.shape(family.architecture.size)
     if spec.axes() >= {"expert", "expert_ffn"} and spec.layer is not None:

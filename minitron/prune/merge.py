@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from minitron.core.axes import ParameterSpec
+from minitron.core.axes import Layout, ParameterSpec
 from minitron.core.plan import PrunePlan
 from minitron.models.family import Family
 
@@ -21,7 +21,7 @@ def merge_heads(tensor: torch.Tensor, spec: ParameterSpec, plan: PrunePlan, fami
     makes the heads: the query projection, and keys and values too where every head has its own. Heads are still in the teacher's order.
     """
     pairs = plan.head_pairs.get(spec.layer, []) if spec.layer is not None else []
-    if not pairs or spec.module in family.norms or (len(spec.dims) == 1 and not spec.name.endswith("bias")):
+    if not pairs or not is_merged(spec, family):
         return tensor
     own_key = family.architecture.num_heads == family.architecture.num_kv_heads
     axes = {"head", "kv_head"} if own_key else {"head"}
@@ -37,6 +37,26 @@ def merge_heads(tensor: torch.Tensor, spec: ParameterSpec, plan: PrunePlan, fami
             heads[kept] = (before + residual if plan.head_merge == "paper" else before - residual).to(tensor.dtype)
         offset += size
     return merged
+
+
+def is_merged(spec: ParameterSpec, family: Family) -> bool:
+    """Whether merging concerns a parameter of a layer: its matrices and their biases. Norms and other vectors stay the kept layer's own."""
+    return spec.layer is not None and spec.module not in family.norms and (len(spec.dims) > 1 or spec.name.endswith("bias"))
+
+
+def read_merged(read: Callable[[str], torch.Tensor], spec: ParameterSpec, plan: PrunePlan, family: Family, layout: Layout) -> torch.Tensor:
+    """A tensor of the teacher after the plan's layer merges, which are done in their order: a layer taken in may have taken in others before."""
+
+    def tensor_of(layer: int, num_merges: int) -> torch.Tensor:
+        for number in range(num_merges - 1, -1, -1):
+            stays, merged = plan.layer_merges[number]
+            if stays == layer:
+                return merge_layers([tensor_of(member, number) for member in (stays, *merged)], variant=plan.layer_merge)
+        return read(layout.renamed(spec, layer, spec.expert))
+
+    if not plan.layer_merges or spec.layer is None or not is_merged(spec, family):
+        return read(spec.name)
+    return tensor_of(spec.layer, len(plan.layer_merges))
 
 
 def merge_layers(tensors: Sequence[torch.Tensor], *, variant: str = "rdsc") -> torch.Tensor:

@@ -13,7 +13,8 @@ from minitron.core.plan import PrunePlan
 from minitron.errors import ArchitectureError
 from minitron.models.family import Family
 from minitron.models.fields import EPS_FIELDS, changed_config, layer_changes, meta_model
-from minitron.prune.merge import merge_heads
+from minitron.models.weights import WeightReader
+from minitron.prune.merge import is_merged, merge_heads, read_merged
 
 Read = Callable[[str], torch.Tensor]
 
@@ -76,22 +77,35 @@ def prune_tensor(tensor: torch.Tensor, spec: ParameterSpec, plan: PrunePlan, fam
     A tensor of all experts keeps other neurons in each expert.
     """
     tensor = merge_heads(tensor, spec, plan, family)
-    if spec.expert is None and len(spec.dims) > 1 and spec.axes() >= {"expert", "expert_ffn"} and spec.layer is not None:
-        assert [segment.axis for segment in spec.dims[0]] == ["expert"], f"'{spec.name}' does not list its experts first"
+    if _holds_experts(spec) and spec.layer is not None:
         return torch.stack([_slice(tensor[expert], spec.dims[1:], spec, plan, family, expert) for expert in plan.by_layer["expert"][spec.layer]])
-    tensor = _slice(tensor, spec.dims, spec, plan, family, spec.expert)
+    return _rescaled(_slice(tensor, spec.dims, spec, plan, family, spec.expert), spec, plan, family)
+
+
+def _holds_experts(spec: ParameterSpec) -> bool:
+    """Whether a tensor holds the neurons of all experts of a layer."""
+    found = spec.expert is None and len(spec.dims) > 1 and spec.axes() >= {"expert", "expert_ffn"}
+    assert not found or [segment.axis for segment in spec.dims[0]] == ["expert"], f"'{spec.name}' does not list its experts first"
+    return found
+
+
+def _rescaled(tensor: torch.Tensor, spec: ParameterSpec, plan: PrunePlan, family: Family) -> torch.Tensor:
     factor, offset = channel_scale(spec, plan, family)
-    if factor != 1.0:
-        tensor = ((tensor.double() + offset) * factor - offset).to(tensor.dtype)
-    return tensor
+    if factor == 1.0:
+        return tensor
+    if tensor.ndim > 1:
+        return tensor * factor  # an embedding: no copy of it in float64
+    return ((tensor.double() + offset) * factor - offset).to(tensor.dtype)
 
 
-def prune_weights(read: Read, plan: PrunePlan, family: Family, *, layout: Layout | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+def prune_weights(
+    source: Read | WeightReader, plan: PrunePlan, family: Family, *, layout: Layout | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of the pruned model, in the teacher's order, layers and experts renumbered.
 
     Args:
-        read: a tensor of the teacher by name.
-        layout: the names that ``read`` knows: by default those of a checkpoint, ``family.layout`` for a model in memory.
+        source: a function that gives a tensor of the teacher by name, or a checkpoint's reader, of which only the kept parts are read.
+        layout: the names that ``source`` knows: by default those of a checkpoint, ``family.layout`` for a model in memory.
 
     Raises:
         ArchitectureError: a tensor has another shape than the config says.
@@ -106,11 +120,36 @@ def prune_weights(read: Read, plan: PrunePlan, family: Family, *, layout: Layout
                 continue
             expert = kept.index(spec.expert)
         name = layout.renamed(spec, None if spec.layer is None else new_layer[spec.layer], expert)
-        tensor = read(spec.name)
-        expected = spec.shape(family.architecture.size)
-        if tuple(tensor.shape) != expected:
-            raise ArchitectureError(f"weight '{spec.name}' has shape {tuple(tensor.shape)}, the config says {expected}")
-        yield name, prune_tensor(tensor, spec, plan, family)
+        yield name, _pruned(source, spec, plan, family, layout)  # not held here while the next one is made
+
+
+def _pruned(source: Read | WeightReader, spec: ParameterSpec, plan: PrunePlan, family: Family, layout: Layout) -> torch.Tensor:
+    """One tensor of the pruned model. From a reader only what stays is read, unless units that go are merged into others first."""
+    if isinstance(source, WeightReader):
+        _check_shape(spec, source.shape_of(spec.name), family)
+        merges = plan.layer_merges or (spec.layer is not None and plan.head_pairs.get(spec.layer))
+        if not (merges and is_merged(spec, family)):
+            return _rescaled(_read_kept(source, spec, plan, family), spec, plan, family)
+        source = source.get
+    tensor = read_merged(source, spec, plan, family, layout)
+    _check_shape(spec, tuple(tensor.shape), family)
+    return prune_tensor(tensor, spec, plan, family)
+
+
+def _read_kept(reader: WeightReader, spec: ParameterSpec, plan: PrunePlan, family: Family) -> torch.Tensor:
+    def kept(dims: tuple[Dim, ...], expert: int | None) -> list[torch.Tensor | None]:
+        return [kept_indices(dim, plan, family.architecture, layer=spec.layer, expert=expert) for dim in dims]
+
+    if _holds_experts(spec) and spec.layer is not None:
+        experts = plan.by_layer["expert"][spec.layer]
+        return torch.cat([reader.get(spec.name, [torch.tensor([expert]), *kept(spec.dims[1:], expert)]) for expert in experts])
+    return reader.get(spec.name, kept(spec.dims, spec.expert))
+
+
+def _check_shape(spec: ParameterSpec, found: tuple[int, ...], family: Family) -> None:
+    expected = spec.shape(family.architecture.size)
+    if found != expected:
+        raise ArchitectureError(f"weight '{spec.name}' has shape {found}, the config says {expected}")
 
 
 def layout_of(names: Collection[str], family: Family) -> Layout:

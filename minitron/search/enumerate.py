@@ -32,12 +32,12 @@ def shapes_of(space: dict[str, list[Any]], teacher: Architecture) -> list[Archit
 
 def _tied_keys(space: dict[str, list[Any]], teacher: Architecture) -> set[str]:
     """Sizes that follow another one because the family's config ties them, and for which the space tries nothing but the teacher's."""
-    found = set()
-    for coupling in teacher.couplings:
-        for mine, other in ((coupling.axis, coupling.other), (coupling.other, coupling.axis)):
-            key, other_key = teacher.option(mine), teacher.option(other)
-            if space.get(key) == [teacher.size(mine)] and space.get(other_key) != [teacher.size(other)]:
-                found.add(key)
+    found: set[str] = set()
+    pairs = [(coupling.axis, coupling.other) for coupling in teacher.couplings]
+    for mine, other in (*pairs, *(pair[::-1] for pair in pairs)) * 2:  # twice: groups follow heads, which follow hidden channels
+        key, other_key = teacher.option(mine), teacher.option(other)
+        if space.get(key) == [teacher.size(mine)] and (other_key in found or space.get(other_key) != [teacher.size(other)]):
+            found.add(key)
     return found
 
 

@@ -126,8 +126,9 @@ def axis_values(config: SearchConfig, teacher: Architecture) -> dict[str, list[A
             values[key] = [size]
         elif axis in ("hidden", "ffn", "expert_ffn", "shared_ffn"):
             values[key] = _grid(size, min(config.divisor, size))
-        elif axis == "head":  # whole numbers of heads in every group
-            values[key] = _grid(size, teacher.num_kv_heads)
+        elif axis == "head":  # whole numbers of heads in every group, unless groups go along
+            follow = any((coupling.axis, coupling.other) == ("kv_head", "head") for coupling in teacher.couplings)
+            values[key] = _grid(size, 1 if follow else teacher.num_kv_heads)
         else:
             values[key] = _grid(size, 1)
     if config.ffn_ratio:

@@ -128,6 +128,8 @@ class StageContext:
             if best["status"] != "ok":
                 raise CheckpointError(f"no candidate of {ranking} was trained to its end: {best['name']} failed ({best['reason']})")
             return str(best["name"])
+        if not (self.run_dir / "candidates").is_dir() and (replayed := self.replayed()):
+            return replayed
         candidates = self.candidates()
         if len(candidates) == 1:
             return candidates[0].name
@@ -135,6 +137,18 @@ class StageContext:
         if not losses:
             raise CheckpointError("there are several candidates and no ranking: run 'minitron rank' or 'minitron prune' first")
         return min(losses, key=losses.__getitem__)
+
+    def replayed(self) -> str | None:
+        """The cut that ``prune.plan`` made in a run without candidates; None when there is none.
+
+        Raises:
+            CheckpointError: there are several.
+        """
+        names = [path.parent.name for path in sorted((self.run_dir / "pruned").glob("*/manifest.json"))]
+        names = [name for name in names if "." not in name]  # not what was set aside
+        if len(names) > 1:
+            raise CheckpointError(f"{self.run_dir} has several pruned models ({', '.join(names)}): give student.path")
+        return names[0] if names else None
 
     def zero_shot_losses(self) -> dict[str, float]:
         """Held-out losses of the untrained candidates, when ``prune`` has measured them for the candidates of now."""

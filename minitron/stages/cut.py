@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 from torch import nn
 
 from minitron import dist
-from minitron.core.architecture import Architecture
 from minitron.core.candidate import Candidate
+from minitron.core.layers import merges_for
 from minitron.core.manifest import fingerprint_folder, write_text
 from minitron.core.plan import PrunePlan, make_plan
 from minitron.core.scores import ImportanceScores
@@ -33,8 +34,8 @@ def plan_for(context: StageContext, candidate: Candidate) -> PrunePlan:
     scores = ImportanceScores.load(context.run_dir / "scores" / "scores.safetensors")
     if candidate.kept_layers is None:
         raise CheckpointError("the candidates were listed without scores: run 'minitron search' again")
-    prune = context.sections.prune
-    return make_plan(
+    prune, merges = context.sections.prune, merges_for(scores, candidate.kept_layers)
+    plan = make_plan(
         scores,
         context.family().architecture,
         candidate.architecture,
@@ -42,19 +43,37 @@ def plan_for(context: StageContext, candidate: Candidate) -> PrunePlan:
         norm_rescale=prune.norm_rescale,
         head_merge=prune.head_merge,
     )
+    return replace(plan, layer_merge=scores.metadata["laco"]["variant"], layer_merges=merges) if merges else plan
 
 
-def replayed_plan(path: str, teacher: Architecture, *, folder: Path) -> PrunePlan:
-    """The plan of ``prune.plan``, which must be one for the teacher in ``folder``.
+def plan_of(context: StageContext, name: str) -> PrunePlan:
+    """The plan of a candidate by name, with the fingerprints of its teacher and scores."""
+    plan = plan_for(context, next(candidate for candidate in context.candidates() if candidate.name == name))
+    known = {**plan.provenance, "scores_fingerprint": fingerprint_folder(context.run_dir / "scores")}
+    return replace(plan, teacher=fingerprint_folder(context.teacher_folder(to_cut=True)), provenance=known)
+
+
+def given_plan(context: StageContext) -> PrunePlan:
+    """The plan of ``prune.plan``, which must be one for the teacher that is cut.
 
     Raises:
-        CheckpointError: there is no such plan, or it was made for another teacher (both fingerprints are shown).
-        ArchitectureError: no config can express it.
+        CheckpointError: there is no such plan, or it is for another teacher.
+        ArchitectureError: its widths differ from layer to layer.
     """
-    plan, found = PrunePlan.load(Path(path).expanduser(), teacher), fingerprint_folder(folder)
-    if plan.teacher != found:
-        raise CheckpointError(f"prune.plan={path} was made for a teacher with fingerprint {plan.teacher}, the one in {folder} has {found}")
+    path, folder = context.sections.prune.plan, context.teacher_folder(to_cut=True)
+    plan = PrunePlan.load(Path(path).expanduser(), context.family().architecture)
+    check_plan_is_for(plan, path, folder=folder, fingerprint=fingerprint_folder(folder))
     return plan
+
+
+def check_plan_is_for(plan: PrunePlan, path: str, *, folder: Path, fingerprint: str) -> None:
+    """Refuse a plan that was made for another teacher than the one in a folder.
+
+    Raises:
+        CheckpointError: it was; both fingerprints are shown.
+    """
+    if plan.teacher != fingerprint:
+        raise CheckpointError(f"prune.plan={path} is for the teacher with fingerprint {plan.teacher}, and {folder} has fingerprint {fingerprint}")
 
 
 def cut_in_memory(context: StageContext, plan: PrunePlan, *, dtype: torch.dtype) -> nn.Module:
@@ -63,7 +82,7 @@ def cut_in_memory(context: StageContext, plan: PrunePlan, *, dtype: torch.dtype)
     reader = WeightReader(context.teacher_folder(to_cut=True))
     target = target_config(config, plan, context.family())
     family = context.family()
-    cut = prune_weights(reader.get, plan, family, layout=layout_of(reader.files, family))
+    cut = prune_weights(reader, plan, family, layout=layout_of(reader.files, family))
     weights = {name: tensor.to(dtype) for name, tensor in cut}
     return model_from_weights(target, weights, dtype=dtype, device=torch.device("cpu"))
 

@@ -26,7 +26,7 @@ def _models(context: StageContext) -> dict[str, Path]:
     found: dict[str, Path | None] = {"teacher": context.original_teacher()}
     corrected = context.run_dir / "teacher"
     found["corrected_teacher"] = corrected if (corrected / "manifest.json").is_file() else None
-    has_pruned = (context.run_dir / "candidates" / "candidates.jsonl").is_file() or context.sections.student.path
+    has_pruned = (context.run_dir / "candidates" / "candidates.jsonl").is_file() or context.sections.student.path or context.replayed()
     found["pruned"] = context.pruned_folder() if has_pruned else None
     distilled = (context.run_dir / "student" / "manifest.json").is_file()
     found["student"] = context.run_dir / ("export" if (context.run_dir / "export" / "manifest.json").is_file() else "student") if distilled else None

@@ -89,9 +89,7 @@ def _write(context: StageContext, out: Path) -> dict[str, Any]:
     provenance = provenance_of(context, source, shape.num_parameters) | {"dtype": name}
     (out / "minitron.json").write_text(json.dumps(provenance, indent=1))
     (out / "README.md").write_text(model_card(context.title, provenance))
-    told = {"num_parameters": shape.num_parameters, "head_dim": shape.head_dim, "tied": shape.tied_embeddings}
-    buffers = {item.spec.name for item in family.stored if item.spec.buffer}
-    checked = check_reload(out, source=source, dtype=name, kept=kept, buffers=buffers, **told)
+    checked = check_reload(out, source=source, family=family, dtype=name, kept=kept)
     return {"num_parameters": shape.num_parameters, "dtype": settings.dtype, "source": source.name, "checked_with": checked}
 
 

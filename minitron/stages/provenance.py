@@ -16,6 +16,7 @@ from minitron.tracking.jsonl import FILE_NAME, read_metrics
 
 #: Folders of a run from which a model is made, in the order of the flow; the chosen pruned folder goes before the last.
 _BEFORE = ("teacher", "scores", "candidates", "ranking")
+_TOLD = ("settings", "inputs", "tokens", "results")
 
 
 def provenance_of(context: StageContext, source: Path, count: int) -> dict[str, Any]:
@@ -28,10 +29,8 @@ def provenance_of(context: StageContext, source: Path, count: int) -> dict[str, 
         CheckpointError: a manifest is damaged, or the plan of this run cannot be replayed.
     """
     pruned = context.pruned_folder()
-    manifests: dict[str, Manifest] = {}
-    for folder in (*(context.run_dir / name for name in _BEFORE), pruned, context.run_dir / "student"):
-        if (manifest := Manifest.read(folder)) is not None:
-            manifests[manifest.stage] = manifest
+    read = [Manifest.read(folder) for folder in (*(context.run_dir / name for name in _BEFORE), pruned, context.run_dir / "student")]
+    manifests = {manifest.stage: manifest for manifest in read if manifest is not None}
     plan = _plan_of(context, pruned)
     return {
         "minitron_version": __version__,
@@ -43,12 +42,8 @@ def provenance_of(context: StageContext, source: Path, count: int) -> dict[str, 
         "metrics": _metrics(context, pruned, manifests),
         "made_elsewhere": fingerprint_folder(pruned) if pruned.parent.parent != context.run_dir else None,
         "plan": plan,
-        "stages": {name: _told(manifest) for name, manifest in manifests.items()},
+        "stages": {name: {key: getattr(manifest, key) for key in _TOLD} for name, manifest in manifests.items()},
     }
-
-
-def _told(manifest: Manifest) -> dict[str, Any]:
-    return {"settings": manifest.settings, "inputs": manifest.inputs, "tokens": manifest.tokens, "results": manifest.results}
 
 
 def _plan_of(context: StageContext, pruned: Path) -> dict[str, Any] | None:
@@ -67,9 +62,8 @@ def _plan_of(context: StageContext, pruned: Path) -> dict[str, Any] | None:
 
 def _parent(context: StageContext, plan: dict[str, Any] | None) -> dict[str, Any]:
     teacher, folder = context.sections.teacher, context.original_teacher()
-    path = str(teacher.path) if teacher.path else None
-    shown = Path(path).name if path and Path(path).expanduser().is_absolute() else path
-    found: dict[str, Any] = {"name": shown, "revision": teacher.revision, "note": teacher.note}
+    name = Path(teacher.path).name if teacher.path and Path(teacher.path).expanduser().is_absolute() else teacher.path
+    found: dict[str, Any] = {"name": name, "revision": teacher.revision, "note": teacher.note}
     found["fingerprint"] = (plan or {}).get("teacher") or (fingerprint_folder(folder) if folder is not None else None)
     return found | {"architecture": context.family().architecture.to_dict(), "licence": licence_of(folder) if folder is not None else {}}
 
@@ -80,10 +74,10 @@ def _data(manifests: dict[str, Manifest]) -> dict[str, Any]:
     if not reading:
         return {}
     section = reading[-1].recorded.get("data", {})
-    named = section.get("name") or section.get("builtin") or (Path(section["path"]).name if section.get("path") else None)
-    blend = [str(entry.get("name") or entry.get("builtin") or Path(entry.get("path", "")).name) for entry in section.get("sources") or ()]
+    given = [section] if any(section.get(key) for key in ("path", "name", "builtin")) else section.get("sources") or []
+    names = [Path(entry["path"]).name if entry.get("path") else str(entry.get("name") or entry.get("builtin")) for entry in given]
     tokens = {stage: manifest.tokens for stage, manifest in manifests.items() if manifest.tokens}
-    return {"name": named or ", ".join(blend) or None, "fingerprint": reading[-1].inputs["data"], "tokens": tokens}
+    return {"name": ", ".join(names) or None, "fingerprint": reading[-1].inputs["data"], "tokens": tokens}
 
 
 def _metrics(context: StageContext, pruned: Path, manifests: dict[str, Manifest]) -> dict[str, dict[str, float]]:

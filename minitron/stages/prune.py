@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron.core.manifest import fingerprint_folder
 from minitron.core.options import option
-from minitron.core.plan import PrunePlan, cut_axes
+from minitron.core.plan import cut_axes
 from minitron.errors import ConfigError, nearest
 from minitron.models.weights import WeightReader, copy_companions, write_weights
 from minitron.prune import layout_of, prune_weights, target_config
 from minitron.prune.proof import require_proof
 from minitron.stages.context import StageContext
-from minitron.stages.cut import measure_zero_shot, plan_for, replayed_plan
+from minitron.stages.cut import given_plan, measure_zero_shot, plan_of
 
 FOLDER = "pruned"
 SECTIONS = ("teacher", "depth", "prune", "data", "ranking")
@@ -43,7 +43,7 @@ def folders(context: StageContext) -> list[str]:
     if context.sections.prune.plan:
         if (context.run_dir / "candidates").is_dir():
             raise ConfigError(f"{context.run_dir} has candidates of its own: give another run_dir for the cut of prune.plan")
-        return [f"{FOLDER}/{_given_plan(context).architecture.name}"]
+        return [f"{FOLDER}/{given_plan(context).architecture.name}"]
     known = [candidate.name for candidate in context.candidates()]
     names = context.sections.prune.candidates
     if names is None:
@@ -64,7 +64,7 @@ def effective(context: StageContext) -> dict[str, Any]:
 def inputs(context: StageContext) -> dict[str, Any]:
     """Teacher, scores and candidates; or teacher and plan."""
     if context.sections.prune.plan:
-        return {"teacher": context.teacher_folder(to_cut=True), "plan": _given_plan(context).fingerprint}
+        return {"teacher": context.teacher_folder(to_cut=True), "plan": given_plan(context).fingerprint}
     return {
         "teacher": context.teacher_folder(to_cut=True),
         "scores": context.run_dir / "scores",
@@ -72,28 +72,17 @@ def inputs(context: StageContext) -> dict[str, Any]:
     }
 
 
-def _given_plan(context: StageContext) -> PrunePlan:
-    return replayed_plan(context.sections.prune.plan, context.family().architecture, folder=context.teacher_folder(to_cut=True))
-
-
-def _plan(context: StageContext, name: str) -> PrunePlan:
-    if context.sections.prune.plan:
-        return _given_plan(context)
-    plan = plan_for(context, next(c for c in context.candidates() if c.name == name))
-    known = {**plan.provenance, "scores_fingerprint": fingerprint_folder(context.run_dir / "scores")}
-    return replace(plan, teacher=fingerprint_folder(context.teacher_folder(to_cut=True)), provenance=known)
-
-
 def run(context: StageContext, out: Path) -> dict[str, Any]:
     """Write weights, config, tokenizer and ``plan.json`` of the candidate that the folder is named for."""
     name = out.name.removesuffix(".partial")
     config, family, source = context.teacher_config(), context.family(), context.teacher_folder(to_cut=True)
-    plan = _plan(context, name)
+    plan = given_plan(context) if context.sections.prune.plan else plan_of(context, name)
     shape = plan.architecture
     require_proof(config, cut=cut_axes(plan, family.architecture))
     target = target_config(config, plan, family)
     reader = WeightReader(source)
-    count = write_weights(out, prune_weights(reader.get, plan, family, layout=layout_of(reader.files, family)))
+    count = write_weights(out, prune_weights(reader, plan, family, layout=layout_of(reader.files, family)))
+    count -= sum(math.prod(spec.shape(shape.size)) for spec in family.layout.select(shape.num_layers, plan.layer) if spec.buffer)
     assert count == shape.num_parameters, f"wrote {count} parameters, predicted {shape.num_parameters}"
     target.save_pretrained(out)
     copy_companions(source, out)

@@ -7,7 +7,7 @@ from typing import Any
 
 from minitron.core.architecture import Architecture
 from minitron.core.candidate import Candidate, write_candidates
-from minitron.core.plan import select_layers
+from minitron.core.layers import choose_layers
 from minitron.core.scores import ImportanceScores
 from minitron.errors import ArchitectureError
 from minitron.log import get_logger
@@ -73,10 +73,14 @@ def _candidate(context: StageContext, shape: Architecture) -> Candidate:
     scores = context.run_dir / "scores" / "scores.safetensors"
     if scores.is_file():
         depth = context.sections.depth
-        layer_scores = ImportanceScores.load(scores).of("layer")
-        kept = select_layers(
-            layer_scores, shape.num_layers, selection=depth.selection, protect_first=depth.protect_first, protect_last=depth.protect_last
-        )
+        kept = choose_layers(
+            ImportanceScores.load(scores),
+            shape.num_layers,
+            selection=depth.selection,
+            protect_first=depth.protect_first,
+            protect_last=depth.protect_last,
+            protect=depth.protect,
+        ).kept
         shape = shape.replace(kept_layers=tuple(kept))
     length = context.sections.data.sequence_length
     costs = {

@@ -15,7 +15,7 @@ from minitron.distill.losses import LossConfig
 from minitron.distill.on_policy import OFF, OnPolicyConfig
 from minitron.distill.settings import TrainingConfig, later_blends
 from minitron.distill.training import TrainingResult, TrainingRun
-from minitron.models import TeacherConfig, config_of, load_causal_lm, load_tokenizer
+from minitron.models import TeacherConfig, checkpoint_form, config_of, load_causal_lm, load_tokenizer
 from minitron.models.weights import copy_companions
 from minitron.stages.context import StageContext, blocks_of
 from minitron.stages.states import check_student_states, kept_channels
@@ -45,8 +45,7 @@ def train_folder(
         check_student_states(context, loss, source)
     trust = sections.teacher.trust_remote_code
     student = load_causal_lm(source, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=trust)
-    later = later_blends(training, sections.data)
-    text = context.text(later)
+    text = context.text(later := later_blends(training, sections.data))
     describe = partial(_describe, source=source, teacher=sections.teacher)
     result = TrainingRun(
         student=student,
@@ -56,6 +55,7 @@ def train_folder(
         later_stream=lambda number: text.stream(blend=number, sequence_length=training.phase_table(length)[number].sequence_length),
         validation=context.held_out(training.num_validation_sequences, later),
         describe=describe,
+        form=checkpoint_form(source, student.config),
         sequence_length=length,
         training=training,
         loss=loss,

@@ -1,0 +1,62 @@
+"""What scoring runs on: calibration samples with the tokens that count, and the teacher where its engine puts it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from minitron.engine import OptimizerConfig, build_engine
+from minitron.importance.depth import Subject
+from minitron.models import load_tokenizer
+from minitron.stages.context import StageContext, blocks_of
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """``samples`` [num, sequence]; ``counted`` of the same shape is False at special tokens, None when there are none."""
+
+    samples: torch.Tensor
+    counted: torch.Tensor | None
+    tokenizer: Any
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """A hash of the vocabulary and of which of its tokens are special."""
+        content = [sorted(self.tokenizer.get_vocab().items()), sorted(self.tokenizer.all_special_ids)]
+        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+def calibration_of(context: StageContext) -> Calibration:
+    """The first samples of the training text.
+
+    Raises:
+        DataError: there is less text than asked for.
+    """
+    samples = context.text().take(context.sections.importance.num_samples, split="train")
+    tokenizer = load_tokenizer(context.teacher_folder(to_cut=True), trust_remote_code=context.sections.teacher.trust_remote_code)
+    counted = ~torch.isin(samples, torch.tensor(tokenizer.all_special_ids, dtype=samples.dtype))
+    return Calibration(samples, None if bool(counted.all()) else counted, tokenizer)
+
+
+def place_teacher(context: StageContext) -> tuple[nn.Module, Callable[[nn.Module], Callable[..., Any]]]:
+    """The teacher to score, whole, and what puts its decoder where ``teacher.placement`` says, once hooks are on."""
+    placement = context.sections.teacher.placement
+    if placement == "replicate":
+        return context.load_teacher(to_cut=True), lambda decoder: decoder
+    model = context.load_teacher(to_cut=True, device=torch.device("cpu"))
+    engine = build_engine(context.sections.engine, optimizer=OptimizerConfig(), precision="float32")
+    blocks = blocks_of(model)
+    return model, lambda decoder: engine.prepare_frozen(decoder, blocks=blocks, placement=placement)
+
+
+def subject_of(context: StageContext, model: nn.Module, calibration: Calibration) -> Subject:
+    """What metrics with a pass of their own are given."""
+    batch_size = context.sections.importance.batch_size
+    return Subject(model, context.family(), calibration.samples, batch_size, counted=calibration.counted, tokenizer=calibration.tokenizer)
