@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from minitron import dist
 from minitron.importance.depth.config import DepthConfig
+from minitron.importance.shared.forward import Forward
 from minitron.models.family import Family
 
 
@@ -18,13 +20,13 @@ class LayerMagnitudeObserver:
     def __init__(self, config: DepthConfig | None = None, *, seed: int = 0) -> None:
         self.sums: dict[str, torch.Tensor] = {}
 
-    def attach(self, model: nn.Module, family: Family) -> None:
+    def attach(self, model: nn.Module, family: Family, forward: Forward) -> None:
         """Read the weights once."""
         parameters = dict(model.named_parameters())
-        sums = torch.zeros(family.architecture.num_layers, dtype=torch.float64, device=next(model.parameters()).device)
+        sums = torch.zeros(family.architecture.num_layers, dtype=torch.float64, device=dist.device())
         for spec in family.layout.parameters:
             if spec.layer is not None and not spec.buffer:
-                sums[spec.layer] += torch.linalg.vector_norm(parameters[spec.name].detach(), ord=1, dtype=torch.float64)
+                sums[spec.layer] += torch.linalg.vector_norm(parameters[spec.name].detach(), ord=1, dtype=torch.float64).to(sums.device)
         self.sums = {"magnitude": sums}
 
     def scores(self, family: Family, *, num_samples: int) -> dict[str, torch.Tensor]:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from minitron.distill.losses import LossConfig, build_losses
-from minitron.importance.depth.config import DepthConfig, Subject
+from minitron.importance.depth.blocks import padding_arguments
+from minitron.importance.depth.config import Batch, DepthConfig, Subject
 from minitron.importance.depth.losses import TokenLosses, labels_of
 from minitron.importance.depth.walk import Tensors, Walk
 from minitron.log import get_logger
@@ -15,8 +16,6 @@ from minitron.models.head import decoder_of
 from minitron.ops.kd_loss import IGNORE_INDEX, fused_linear_losses
 
 logger = get_logger(__name__)
-
-Batch = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class LayerTaylorPass:
@@ -26,6 +25,8 @@ class LayerTaylorPass:
     layer at work, and all activations of one batch; checkpoints of the pass hold the buffer. No ``[tokens, vocab]`` tensor is made.
     """
 
+    needs_gradients = True
+    needs_gradients = True
     aggregation = "sum over weights of |weight * gradient|"
 
     def __init__(self, config: DepthConfig | None = None, *, seed: int = 0) -> None:
@@ -49,7 +50,9 @@ class LayerTaylorPass:
         for (_, parameter), piece in zip(owners, buffer[:-1].split(sizes), strict=True):
             handles.append(parameter.register_post_accumulate_grad_hook(_adder(piece)))
         try:
-            total = walk.total("depth", _batches(subject), self._step(subject, buffer), {"gradient": buffer}, finish=lambda sums: _scores(owners, sums))
+            total = walk.total(
+                "depth", subject.batches(), self._step(subject, buffer), {"gradient": buffer}, finish=lambda sums: _scores(owners, sums)
+            )
         finally:
             for handle in handles:
                 handle.remove()
@@ -64,21 +67,15 @@ class LayerTaylorPass:
         one = torch.ones((), device=buffer.device)
 
         def step(batch: Batch) -> None:
-            ids, counted = (None if part is None else part.to(buffer.device) for part in batch)
-            assert ids is not None
-            labels = labels_of(ids, counted)
+            batch = batch.to(buffer.device)
+            labels = labels_of(batch.ids, batch.counted, batch.attended)
             buffer[-1] += (labels != IGNORE_INDEX).sum()
             with torch.enable_grad():
-                hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+                hidden = decoder(input_ids=batch.ids, use_cache=False, **padding_arguments(batch.attended)).last_hidden_state[:, :-1].flatten(0, 1)
                 total, _ = fused_linear_losses(hidden, head, labels.flatten(), losses, denominator=one, compute_dtype=hidden.dtype)
                 total.backward()  # type: ignore[no-untyped-call]
 
         return step
-
-
-def _batches(subject: Subject) -> list[Batch]:
-    counted = subject.counted.split(subject.batch_size) if subject.counted is not None else None
-    return [(ids, None if counted is None else counted[i]) for i, ids in enumerate(subject.samples.split(subject.batch_size))]
 
 
 def _adder(piece: torch.Tensor) -> Any:

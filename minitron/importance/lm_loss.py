@@ -9,7 +9,7 @@ import torch
 
 from minitron.errors import DataError
 from minitron.importance.depth.blocks import BlockRunner, Opening, silenced
-from minitron.importance.depth.config import DepthConfig, Subject
+from minitron.importance.depth.config import Batch, DepthConfig, Subject
 from minitron.importance.depth.greedy import remove_greedily
 from minitron.importance.depth.losses import TokenLosses, labels_of
 from minitron.importance.depth.walk import Tensors, Walk
@@ -18,8 +18,6 @@ from minitron.models.family import Family
 from minitron.ops.kd_loss import IGNORE_INDEX
 
 logger = get_logger(__name__)
-
-Batch = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class LMLossPass:
@@ -83,11 +81,9 @@ class LossScorer:
         self.model, self.family, self.walk = subject.model, subject.family, walk
         self.runner, self.head = BlockRunner(subject.model, subject.family), TokenLosses(subject.model)
         self.device = next(subject.model.parameters()).device
-        counted = subject.counted.split(subject.batch_size) if subject.counted is not None else None
-        batches = subject.samples.split(subject.batch_size)
-        self.batches: list[Batch] = [(ids, None if counted is None else counted[i]) for i, ids in enumerate(batches)]
+        self.batches = subject.batches()
         shape, size = subject.family.architecture, next(subject.model.parameters()).element_size()
-        self.stored_bytes = (shape.num_layers + 1) * batches[0].numel() * shape.hidden_size * size
+        self.stored_bytes = (shape.num_layers + 1) * self.batches[0].ids.numel() * shape.hidden_size * size
         logger.info("depth: up to %.1f MB of stored states of one batch", self.stored_bytes / 1e6)
 
     def losses(
@@ -101,17 +97,18 @@ class LossScorer:
         sums = {name: torch.zeros(count, dtype=torch.float64, device=self.device) for name, count in _counts(windows, parts).items()}
 
         def step(batch: Batch) -> None:
-            ids, counted = (None if part is None else part.to(self.device) for part in batch)
-            assert ids is not None
+            batch = batch.to(self.device)
+            labels = labels_of(batch.ids, batch.counted, batch.attended)
             with torch.no_grad():
-                sums["tokens"] += (labels_of(ids, counted) != IGNORE_INDEX).sum()
-                opening = self.runner.open(ids)
+                sums["tokens"] += (labels != IGNORE_INDEX).sum()
+                opening = self.runner.open(batch.ids, batch.attended)
                 for index, hidden in self.runner.without(opening, alive, windows, base=base):
-                    (sums["base"] if index < 0 else sums["windows"][index : index + 1]).add_(self.head.rows(hidden, ids, counted).sum())
+                    (sums["base"] if index < 0 else sums["windows"][index : index + 1]).add_(self.head.rows(hidden, labels).sum())
                 for index, hidden in self._without_parts(opening, parts):
-                    sums["parts"][index] += self.head.rows(hidden, ids, counted).sum()
+                    sums["parts"][index] += self.head.rows(hidden, labels).sum()
 
-        total = self.walk.total(what, self.batches, step, sums)
+        cost = len(windows) * len(alive) // 2 + len(alive)  # blocks, about
+        total = self.walk.total(what, self.batches, step, sums, forwards=max(1, cost // len(self.runner.blocks)))
         tokens = float(total["tokens"])
         if tokens == 0:
             raise DataError("no token of the calibration samples counts: depth cannot be scored on them")

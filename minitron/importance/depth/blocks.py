@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,28 +49,31 @@ class BlockRunner:
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.decoder = decoder_of(model)
         self.blocks = [model.get_submodule(name) for name in family.taps.blocks]
+        self._list = model.get_submodule(family.layout.layer_prefix.rstrip("."))
         self.norm = model.get_submodule(family.final_norm)
         self.num_runs = 0
         self._outputs = [0] * len(self.blocks)  # entries of a block's output tuple; 0: a bare tensor
         self._check(next(model.parameters()).device, family)
         self.num_runs = 0
 
-    def open(self, ids: torch.Tensor) -> Opening:
-        """Embed a batch [batch, sequence] and collect the blocks' arguments; no block runs."""
+    def open(self, ids: torch.Tensor, attended: torch.Tensor | None = None) -> Opening:
+        """Embed a batch [batch, sequence] and collect the blocks' arguments; no block runs. ``attended`` is False at padding."""
         calls: list[Call] = []
         first: list[torch.Tensor] = []
 
-        def stub(layer: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden = args[0] if args else kwargs["hidden_states"]
-                first.append(hidden)
-                calls.append(Call(args[1:], {name: value for name, value in kwargs.items() if args or name != "hidden_states"}, not args))
-                return (hidden, *[None] * (self._outputs[layer] - 1)) if self._outputs[layer] else hidden
+        def note(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            first.append(hidden)
+            calls.append(Call(args[1:], {name: value for name, value in kwargs.items() if args or name != "hidden_states"}, not args))
+            return (hidden, *[None] * (self._outputs[layer] - 1)) if self._outputs[layer] else hidden
 
-            return forward
-
-        with _replaced(self.blocks, stub):
-            self.decoder(input_ids=ids, use_cache=False)
+        try:
+            for layer, block in enumerate(self.blocks):
+                self._list._modules[str(layer)] = _StandIn(block, functools.partial(note, layer))
+            self.decoder(input_ids=ids, use_cache=False, **padding_arguments(attended))
+        finally:
+            for layer, block in enumerate(self.blocks):
+                self._list._modules[str(layer)] = block
         return Opening(first[0], tuple(calls))
 
     def run(self, opening: Opening, hidden: torch.Tensor, layer: int) -> torch.Tensor:
@@ -130,20 +134,27 @@ class BlockRunner:
             )
 
 
-@contextmanager
-def _replaced(blocks: Sequence[nn.Module], stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    """Blocks whose forward is another one for a while."""
-    own = [vars(block).get("forward") for block in blocks]
-    try:
-        for layer, block in enumerate(blocks):
-            block.forward = stub(layer)  # type: ignore[method-assign]
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward  # type: ignore[method-assign]
+def padding_arguments(attended: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """What a decoder is told of padding: the mask [batch, sequence], and positions that count the attended tokens only."""
+    if attended is None:
+        return {}
+    mask = attended.long()
+    return {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place without running it or its hooks; a decoder may ask it for the block's attributes."""
+
+    def __init__(self, block: nn.Module, note: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        super().__init__()
+        self.__dict__["block"], self.__dict__["note"] = block, note
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Note the arguments."""
+        return self.__dict__["note"](args, kwargs)
 
 
 @contextmanager

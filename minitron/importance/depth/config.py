@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -65,7 +64,7 @@ class DepthConfig:
     sublayers: bool = option(False, "lm_loss: also the loss without each attention and each MLP, for the report")
     max_removed: int | None = option(None, "greedy: layers to remove, one after another; null: half of them")
     num_rescored: int = option(4, "greedy_lazy: candidates scored again at a time")
-    task: str | None = option(None, "accuracy: multiple-choice file, one JSON object a line (.jsonl, also .gz .xz)")
+    task: str | None = option(None, "accuracy: multiple-choice file, one JSON object a line (.jsonl, also .gz .xz)", recorded=True)
     num_items: int | None = option(None, "accuracy: items read from the task; null: all")
     laco: LacoConfig = option(LacoConfig(), "parameters of selection=laco")
 
@@ -78,15 +77,13 @@ class DepthConfig:
         if self.selection not in SELECTIONS:
             raise ConfigError(f"depth.selection={self.selection} is unknown; {nearest(self.selection, SELECTIONS)}")
         if self.selection in ("greedy", "greedy_lazy") and self.name != "lm_loss":
-            raise ConfigError(f"depth.selection={self.selection} scores again after each removal, which depth={self.name} does not do: give depth=lm_loss")
+            raise ConfigError(
+                f"depth.selection={self.selection} scores again after each removal, which depth={self.name} does not do: give depth=lm_loss"
+            )
         if self.sublayers and self.name != "lm_loss":
             raise ConfigError(f"depth.sublayers=true needs depth=lm_loss; depth={self.name} does not score parts of layers")
         if self.windows and self.name not in WINDOWED:
             raise ConfigError(f"depth.windows is measured by {', '.join(WINDOWED)}; depth={self.name} scores single layers only")
-        if self.name == "accuracy" and self.task is None:
-            raise ConfigError("depth=accuracy needs depth.task=FILE, a multiple-choice task with one JSON object a line")
-        if self.task is not None and not Path(self.task).expanduser().is_file():
-            raise ConfigError(f"depth.task={self.task} is no file: give a multiple-choice task with one JSON object a line")
         for name, minimum in {"protect_first": 0, "protect_last": 0, "num_rescored": 1, "max_removed": 1, "num_items": 1}.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
@@ -122,10 +119,26 @@ WINDOWED = ("block_influence", "angular_distance", "lm_loss", "accuracy")
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is scored, and on what: ``samples`` [num, sequence] are calibration tokens, ``counted`` of the same shape marks those that count.
+class Batch:
+    """Samples of one forward, each [batch, sequence]: token ids, and where tokens count and where they are no padding (None: everywhere)."""
 
-    ``tokenizer`` is only asked for by metrics that read text of their own.
+    number: int
+    ids: torch.Tensor
+    counted: torch.Tensor | None = None
+    attended: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        parts = [None if part is None else part.to(device, non_blocking=True) for part in (self.counted, self.attended)]
+        return Batch(self.number, self.ids.to(device, non_blocking=True), *parts)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is scored, and on what: ``samples`` [num, sequence] are calibration tokens.
+
+    ``counted`` and ``attended``, of the same shape, are False at tokens that do not count and at padding; None: there are none. ``tokenizer``
+    is only asked for by metrics that read text of their own.
     """
 
     model: nn.Module
@@ -133,7 +146,17 @@ class Subject:
     samples: torch.Tensor
     batch_size: int
     counted: torch.Tensor | None = None
+    attended: torch.Tensor | None = None
     tokenizer: Any = None
+
+    def batches(self, num_samples: int | None = None) -> list[Batch]:
+        """The samples, the first ``num_samples`` of them, in order."""
+        masks = self.counted, self.attended
+        if self.attended is not None:
+            masks = (self.attended.bool() if self.counted is None else self.counted.bool() & self.attended.bool()), self.attended
+        starts = range(0, len(self.samples[:num_samples]), self.batch_size)
+        rows = [slice(start, min(start + self.batch_size, len(self.samples[:num_samples]))) for start in starts]
+        return [Batch(i, self.samples[row], *(None if mask is None else mask[row] for mask in masks)) for i, row in enumerate(rows)]
 
 
 class DepthPass(Protocol):

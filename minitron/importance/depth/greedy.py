@@ -22,9 +22,7 @@ class Removal:
     lazy_differs_at: int | None = None
 
 
-def remove_greedily(
-    first: dict[int, float], loss: float, score: Score, *, num_layers: int, count: int, num_rescored: int, lazy: bool
-) -> Removal:
+def remove_greedily(first: dict[int, float], loss: float, score: Score, *, num_layers: int, count: int, num_rescored: int, lazy: bool) -> Removal:
     """Remove ``count`` layers.
 
     Exact: all candidates are scored in every round. Lazy: losses without a layer are read as increases over the loss of the model they were

@@ -17,13 +17,15 @@ class TokenLosses:
         head = head_of(model).detached()
         self.head = head.ready(head.weight.dtype)
 
-    def rows(self, hidden: torch.Tensor, ids: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
-        """Summed loss of every row [batch], float64, of states [batch, sequence, hidden] for the tokens that follow; others count 0."""
-        losses = token_losses(hidden[:, :-1].flatten(0, 1), self.head, labels_of(ids, counted).flatten())
-        return losses.view(len(ids), -1).sum(dim=1, dtype=torch.float64)
+    def rows(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Summed loss of every row [batch], float64, of states [batch, sequence, hidden] for labels [batch, sequence - 1]."""
+        losses = token_losses(hidden[:, :-1].flatten(0, 1), self.head, labels.flatten())
+        return losses.view(len(labels), -1).sum(dim=1, dtype=torch.float64)
 
 
-def labels_of(ids: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
-    """The token after each but the last [batch, sequence - 1]; ignored where it is not to be counted."""
+def labels_of(ids: torch.Tensor, counted: torch.Tensor | None, attended: torch.Tensor | None = None) -> torch.Tensor:
+    """The token after each but the last [batch, sequence - 1]; ignored where it does not count, or where padding would have to predict it."""
     labels = ids[:, 1:]
-    return labels if counted is None else labels.masked_fill(~counted[:, 1:], IGNORE_INDEX)
+    if counted is not None:
+        labels = labels.masked_fill(~counted[:, 1:], IGNORE_INDEX)
+    return labels if attended is None else labels.masked_fill(~attended[:, :-1].bool(), IGNORE_INDEX)

@@ -46,11 +46,12 @@ class Walk:
         sums: Tensors,
         *,
         finish: Callable[[Tensors], Tensors] = lambda sums: sums,
+        forwards: int = 1,
     ) -> Tensors:
         """Run ``step`` on this rank's batches, which adds to ``sums``; then add up the ranks and return what ``finish`` makes of it, on the CPU.
 
         Every world size gives the ranks whole batches, so that the forwards have the same shapes. One collective; nothing in here waits for
-        the device before the end.
+        the device before the end. ``forwards`` is what a step costs, which checkpoints are counted in.
 
         Raises:
             Interrupted: a signal asked for a stop; the pass goes on from its checkpoint.
@@ -59,7 +60,7 @@ class Walk:
         if number < len(self._finished):
             return self._finished[number]
         world, rank = dist.world_size(), dist.rank()
-        rounds = -(-len(batches) // world)
+        rounds, every = -(-len(batches) // world), max(1, self._every // forwards)
         for name, value in self._partial.items():
             sums[name].copy_(value)
         bar = Progress(what, total=len(batches), unit="batch", done=min(len(batches), self._first * world))
@@ -70,7 +71,7 @@ class Walk:
             bar.advance(min(world, len(batches) - bar.done))
             self._steps += 1
             stopping = self._stop()
-            if self._checkpointer is not None and finished < rounds and (stopping or finished % self._every == 0):
+            if self._checkpointer is not None and finished < rounds and (stopping or finished % every == 0):
                 self._save(finished, sums)
                 if stopping:
                     raise Interrupted(f"{what} stopped after {bar.done} of {len(batches)} batches; the same command goes on from there")
