@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from minitron.core.axes import LAYER_AXES
+from minitron.importance.shared.forward import Forward
+from minitron.importance.width.config import ImportanceConfig
 from minitron.models.family import Family
 
 
@@ -15,11 +17,11 @@ class RandomObserver:
     needs_forward = False
     aggregation = "none"
 
-    def __init__(self, *, seed: int = 0) -> None:
+    def __init__(self, config: ImportanceConfig | None = None, *, seed: int = 0) -> None:
         self.sums: dict[str, torch.Tensor] = {}
         self._generator = torch.Generator().manual_seed(seed)
 
-    def attach(self, model: nn.Module, family: Family) -> None:
+    def attach(self, model: nn.Module, family: Family, forward: Forward) -> None:
         """Nothing to observe."""
 
     def scores(self, family: Family, *, num_samples: int) -> dict[str, torch.Tensor]:

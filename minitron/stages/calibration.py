@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 
 from minitron.engine import OptimizerConfig, build_engine
 from minitron.importance.depth import Subject
+from minitron.importance.scoring import Prepare
 from minitron.models import load_tokenizer
 from minitron.stages.context import StageContext, blocks_of
 
@@ -45,11 +45,11 @@ def calibration_of(context: StageContext) -> Calibration:
     return Calibration(samples, None if bool(counted.all()) else counted, tokenizer)
 
 
-def place_teacher(context: StageContext) -> tuple[nn.Module, Callable[[nn.Module], Callable[..., Any]]]:
-    """The teacher to score, whole, and what puts its decoder where ``teacher.placement`` says, once hooks are on."""
+def place_teacher(context: StageContext) -> tuple[nn.Module, Prepare | None]:
+    """The teacher to score, whole, and what puts its decoder where ``teacher.placement`` says, once hooks are on; None: it is there."""
     placement = context.sections.teacher.placement
     if placement == "replicate":
-        return context.load_teacher(to_cut=True), lambda decoder: decoder
+        return context.load_teacher(to_cut=True), None
     model = context.load_teacher(to_cut=True, device=torch.device("cpu"))
     engine = build_engine(context.sections.engine, optimizer=OptimizerConfig(), precision="float32")
     blocks = blocks_of(model)

@@ -1,0 +1,1 @@
+"""What width and depth metrics share."""

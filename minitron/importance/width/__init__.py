@@ -1,0 +1,1 @@
+"""Width scoring: its section, and what its metrics share."""
