@@ -253,13 +253,22 @@ def test_debug_shows_the_traceback(options: list[str], capsys: pytest.CaptureFix
     assert "Traceback" in err and "minitron: training.num_steps=0 must be positive" in err
 
 
+def option_names(prefix: str, section: Any) -> list[str]:
+    """Full names of a section's options, those of sections inside it included."""
+    found: list[str] = []
+    for f in dataclasses.fields(section):
+        value, name = getattr(section, f.name), f"{prefix}.{f.name}"
+        found += option_names(name, value) if dataclasses.is_dataclass(value) else [name]
+    return found
+
+
 @pytest.mark.parametrize("command", [*STAGES, "compress", "plan"])
 def test_help_lists_every_option_with_its_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    listed = {match.group(1): line for line in lines if (match := re.match(r"  (\w+(?:\.\w+)?) ", line))}
+    listed = {match.group(1): line for line in lines if (match := re.match(r"  (\w+(?:\.\w+){0,2}) ", line))}
     names = load_stage(command).SECTIONS if command in STAGES else tuple(SECTIONS)
-    expected = {f"{name}.{f.name}" for name in names if name != "tracking" for f in dataclasses.fields(SECTIONS[name])}
+    expected = {option for name in names if name != "tracking" for option in option_names(name, SECTIONS[name]())}
     assert expected <= set(listed) and {"run_dir", "seed", "rerun"} <= set(listed)
     if "training" in names:
         assert re.search(r"training\.learning_rate +0\.0001 +peak", listed["training.learning_rate"])
