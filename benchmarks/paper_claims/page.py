@@ -87,12 +87,17 @@ def _teacher_records(bench: Bench) -> dict[str, Any]:
     return records
 
 
+#: Larger differences stand in the table alone: beside them the others could not be told apart in a picture.
+_PICTURED = 0.5
+
+
 def _pictures(out: Path, results: Mapping[str, Results], rows: list[Row], found: list[Ranking]) -> dict[str, str]:
     """Name → file of the pictures for which there are results."""
     files = {}
     for suite, title in _TITLES.items():
         mine = [row for row in rows if row.claim.suite == suite and row.difference is not None]
-        small = [row for row in mine if row.claim.group != "start" and row.claim.moment == "after training"]
+        trained = [row for row in mine if row.claim.group != "start" and row.claim.moment == "after training"]
+        small = [row for row in trained if row.difference is not None and abs(row.difference.mean) < _PICTURED]
         if small:
             drawing = pictures.differences(small, title=f"Differences of held-out loss, {title}")
             files[f"differences-{suite}"] = pictures.write(out, f"claims_differences_{suite}", drawing, pictures.difference_height(small))
@@ -113,7 +118,8 @@ def _number(value: float | None) -> str:
 def _page(results: Mapping[str, Results], rows: list[Row], found: list[Ranking], files: dict[str, str], machine: str, threads: int) -> str:
     verdict = ranking_verdict(found)
     verdicts = [row.verdict for row in rows] + [verdict]
-    tally = ", ".join(f"{verdicts.count(word)} {word}" for word in dict.fromkeys(sorted(verdicts)))
+    plural = {"holds": "hold", "does not hold": "do not hold"}
+    tally = ", ".join(f"{verdicts.count(word)} {plural.get(word, word)}" for word in dict.fromkeys(sorted(verdicts)))
     parts = [HEAD.format(machine=machine, tally=tally, num=len(verdicts)), *_tables(rows)]
     parts += ["## Does the order of the shapes settle?", f"{SOURCES['ranking']}.", _ranking_text(found, verdict)]
     parts += [f"![{name}]({files[name]})" for name in ("ranking", "shapes") if name in files]
@@ -124,7 +130,7 @@ def _page(results: Mapping[str, Results], rows: list[Row], found: list[Ranking],
         if f"differences-{suite}" in files:
             parts += [
                 f"Differences of held-out loss after training with their intervals, {title}; left of zero is the papers' direction "
-                "(blue holds, orange does not, grey cannot be told apart):",
+                "(blue holds, orange does not, grey cannot be told apart; differences above 0.5 are in the table only):",
                 f"![differences]({files[f'differences-{suite}']})",
             ]
     versions = {"torch": torch.__version__, "python": platform.python_version()}
