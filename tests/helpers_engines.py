@@ -14,7 +14,8 @@ from minitron.checkpoint import Checkpointer
 from minitron.core.protocols import Engine
 from minitron.distill.loop import Progress, StepReport, train
 from minitron.distill.losses import LossConfig
-from minitron.distill.pair import StudentLosses, TeacherSignal, TeacherStudent
+from minitron.distill.pair import StudentLosses, TeacherStudent
+from minitron.distill.teacher import TeacherSignal
 from minitron.distill.validation import validate, validation_batches
 from minitron.engine import EngineConfig, OptimizerConfig, build_engine
 from minitron.ops.kd_loss import IGNORE_INDEX

@@ -18,8 +18,9 @@ from minitron.distill.loop import Progress, StepReport, train
 from minitron.distill.losses import LossConfig
 from minitron.distill.losses.state import StatesConfig
 from minitron.distill.opening import open_losses
-from minitron.distill.pair import StudentLosses, TeacherSignal, TeacherStudent
+from minitron.distill.pair import StudentLosses, TeacherStudent
 from minitron.distill.states import build_states
+from minitron.distill.teacher import TeacherSignal
 from minitron.distill.validation import validate, validation_batches
 from minitron.engine import EngineConfig, OptimizerConfig, build_engine
 

@@ -11,7 +11,8 @@ from helpers_losses import OPTIONS, members, reference
 from torch import Tensor, nn
 
 from minitron.distill.losses import LOSSES, LossConfig, build_losses
-from minitron.distill.pair import StudentLosses, TeacherSignal, TeacherStudent
+from minitron.distill.pair import StudentLosses, TeacherStudent
+from minitron.distill.teacher import TeacherSignal
 from minitron.distill.validation import validate, validation_batches
 from minitron.engine import EngineConfig, OptimizerConfig, build_engine
 from minitron.errors import ArchitectureError

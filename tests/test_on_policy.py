@@ -20,8 +20,9 @@ from minitron.distill.losses import LossConfig
 from minitron.distill.on_policy import ContinuationSampler, OnPolicyBatches, OnPolicyConfig, root_class
 from minitron.distill.on_policy.minillm import token_weights
 from minitron.distill.on_policy.sampling import Continuations, draw, sample, uniforms
-from minitron.distill.pair import TeacherSignal, TeacherStudent
+from minitron.distill.pair import TeacherStudent
 from minitron.distill.settings import TrainingConfig
+from minitron.distill.teacher import TeacherSignal
 from minitron.distill.training import TrainingRun
 from minitron.engine import EngineConfig, OptimizerConfig, build_engine
 from minitron.errors import ConfigError, Interrupted

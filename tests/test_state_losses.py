@@ -18,8 +18,8 @@ from minitron.core.architecture import Architecture
 from minitron.distill.losses import DYNAMIC, STATE_LOSSES, LossConfig, build_losses, state_terms
 from minitron.distill.losses import attention_relation as relation_module
 from minitron.distill.losses.state import DISTANCES, StatesConfig, lifting_matrix
-from minitron.distill.pair import FrozenDecoder, TeacherSignal
 from minitron.distill.states import StateLosses, check_states, state_taps
+from minitron.distill.teacher import FrozenDecoder, TeacherSignal
 from minitron.engine import EngineConfig, OptimizerConfig, build_engine
 from minitron.errors import ConfigError
 from minitron.models import discover

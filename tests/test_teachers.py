@@ -16,7 +16,8 @@ from helpers_text import tiny_tokenizer, write_jsonl
 from minitron import dist
 from minitron.cli import main
 from minitron.distill.losses import LossConfig
-from minitron.distill.pair import StudentLosses, TeacherSignal, TeacherStudent
+from minitron.distill.pair import StudentLosses, TeacherStudent
+from minitron.distill.teacher import TeacherSignal
 from minitron.engine import EngineConfig, OptimizerConfig, build_engine
 
 TEACHERS, WEIGHTS, SHAPE = ("teacher", "second", "third"), (1.0, 0.5, 2.0), (4, 12)

@@ -15,7 +15,7 @@ from torch import nn
 from minitron.core.manifest import write_text
 from minitron.distill.losses import LossConfig, build_losses, state_terms
 from minitron.distill.losses.state import StatesConfig
-from minitron.distill.pair import TeacherSignal
+from minitron.distill.teacher import TeacherSignal
 from minitron.engine import EngineConfig, build_engine
 from minitron.log import get_logger
 from paper_claims.arms import Arm, Result

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import nn
 
 from minitron import dist
-from minitron.core.protocols import Engine
 from minitron.distill.alpha import DynamicWeight
 from minitron.distill.losses import LossConfig, build_losses
 from minitron.distill.states import StateLosses
+from minitron.distill.teacher import TeacherSignal
 from minitron.models.head import decoder_of, head_of, head_parameters
-from minitron.models.states import Tap, captured, find_spots
+from minitron.models.states import captured, find_spots
 from minitron.ops.agreement import AGREEMENT
 from minitron.ops.head import Head
 from minitron.ops.kd_loss import IGNORE_INDEX, WeightedRowLoss, fused_linear_losses
@@ -142,83 +141,6 @@ def weighted_mean(parts: Sequence[tuple[torch.Tensor, torch.Tensor]], weights: S
         total = torch.stack([share * part[0] for share, part in zip(shares, parts, strict=True)]).sum()
         values = torch.stack([share * part[1] for share, part in zip(shares, parts, strict=True)]).sum(0)
     return total, values
-
-
-class FrozenDecoder(nn.Module):
-    """The teacher as its engine sees it: token ids in, hidden states out; its head lies beside, for the loss only."""
-
-    def __init__(self, model: nn.Module, taps: Sequence[Tap] = ()) -> None:
-        super().__init__()
-        self.model = model.eval().requires_grad_(False)
-        self._spots = find_spots(model, taps) if taps else {}
-
-    def forward(self, input_ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, ...]:
-        """[batch, sequence] → [batch, sequence, hidden], then the states of the taps in their order.
-
-        With a ``cache`` of keys and values the ids follow those it holds.
-        """
-        kept = {"past_key_values": cache} if cache is not None else {}
-        with captured(self.model, self._spots) as states:
-            hidden = decoder_of(self.model)(input_ids=input_ids, use_cache=cache is not None, **kept).last_hidden_state
-        return hidden, *(states[tap] for tap in self._spots)
-
-
-class TeacherSignal:
-    """What the teacher says about a batch: hidden states and the head that turns them into logits.
-
-    ``taps`` name intermediate states to hand over too. With ``remember_bytes`` the states of batches seen before are kept, up to that
-    many bytes: several students that are trained on the same batches then cost one teacher forward per batch.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        engine: Engine,
-        *,
-        blocks: list[nn.Module],
-        placement: str,
-        remember_bytes: int = 0,
-        taps: Sequence[Tap] = (),
-    ) -> None:
-        self._transform = head_of(model).transform
-        self.config: Any = model.config
-        decoder = FrozenDecoder(model, taps)
-        self._engine = engine
-        self._forward: Callable[..., tuple[torch.Tensor, ...]] = engine.prepare_frozen(decoder, blocks=blocks, placement=placement)
-        self._head = [parameter for parameter in head_parameters(decoder.model) if parameter is not None]
-        self._remembered: dict[bytes, tuple[torch.Tensor, ...]] = {}
-        self._room = remember_bytes
-        self.num_forwards = 0
-
-    def hidden(self, input_ids: torch.Tensor, *, cache: Any = None) -> torch.Tensor:
-        """[batch, sequence] ids on the CPU → [batch, sequence, hidden] on the device.
-
-        With a ``cache`` of keys and values the ids follow those that it holds, and nothing is remembered.
-        """
-        if cache is not None:
-            with torch.no_grad():
-                return self._forward(input_ids.to(dist.device()), cache=cache)[0]
-        return self.states(input_ids)[0]
-
-    def states(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[batch, sequence] ids on the CPU → the hidden states, then the states of the taps in their order, on the device."""
-        key = input_ids.numpy().tobytes() if self._room or self._remembered else b""
-        if key and key in self._remembered:
-            return tuple(state.to(dist.device()) for state in self._remembered[key])
-        with torch.no_grad():
-            states = self._forward(input_ids.to(dist.device()))
-        self.num_forwards += 1
-        num_bytes = sum(state.nbytes for state in states)
-        if key and num_bytes <= self._room:
-            self._room -= num_bytes
-            self._remembered[key] = tuple(state.cpu() for state in states)
-        return states
-
-    @contextmanager
-    def head(self) -> Iterator[Head]:
-        """A context that yields the head, its tensors whole."""
-        with self._engine.gathered(self._head) as (weight, *bias):
-            yield Head(weight, bias[0] if bias else None, self._transform)
 
 
 class TeacherStudent:

@@ -21,10 +21,11 @@ from minitron.distill.loop import Hook, Progress, StepReport, train
 from minitron.distill.losses import LossConfig
 from minitron.distill.on_policy import ContinuationSampler, OnPolicyBatches, OnPolicyConfig, ResumableBatches, root_class
 from minitron.distill.opening import open_losses
-from minitron.distill.pair import TeacherSignal, TeacherStudent
+from minitron.distill.pair import TeacherStudent
 from minitron.distill.phases import Phase, PhasedBatches, phase_at
 from minitron.distill.settings import TrainingConfig
 from minitron.distill.states import build_states
+from minitron.distill.teacher import TeacherSignal
 from minitron.distill.validation import validate, validation_batches
 from minitron.engine import EngineConfig, build_engine
 from minitron.errors import CheckpointError, Interrupted

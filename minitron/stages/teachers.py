@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from minitron.core.protocols import Engine
-from minitron.distill.pair import TeacherSignal
+from minitron.distill.teacher import TeacherSignal
 from minitron.engine import resolve_dtype
 from minitron.errors import CheckpointError
 from minitron.models import config_of, load_causal_lm, load_tokenizer

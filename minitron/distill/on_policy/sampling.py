@@ -18,7 +18,7 @@ from minitron import dist
 from minitron.data.stream import mix
 from minitron.distill.on_policy.root import new_cache
 from minitron.distill.on_policy.settings import OnPolicyConfig
-from minitron.distill.pair import TeacherSignal
+from minitron.distill.teacher import TeacherSignal
 from minitron.ops.kd_loss import WeightedRowLoss
 from minitron.ops.token_loss import token_losses
 
