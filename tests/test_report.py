@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from minitron.core.architecture import Architecture
+from minitron.core.plan import PrunePlan
 from minitron.core.scores import ImportanceScores
 from minitron.errors import CheckpointError
 from minitron.report import formats, write_report
@@ -109,9 +111,9 @@ def make_run(run: Path) -> Path:
     manifest(run, "ranking", "rank", 312.0, 49_152)
     results = {"candidate": WINNER, "num_parameters": 101_234_567, "teacher_architecture": TEACHER, "architecture": after}
     manifest(run, f"pruned/{WINNER}", "prune", 2.2, None, **results)
-    heads = {str(layer): [0, 1, 3, 4, 6, 7] for layer in KEPT}
-    plan = {"architecture": after, "layer": KEPT, "hidden": list(range(576)), "ffn": {str(layer): list(range(1024)) for layer in KEPT}}
-    plan |= {"head": heads, "kv_head": {str(layer): [0, 1, 2] for layer in KEPT}, "norm_rescale": True, "provenance": {}}
+    by_layer = {"ffn": list(range(1024)), "head": [0, 1, 3, 4, 6, 7], "kv_head": [0, 1, 2]}
+    kept = {axis: {layer: units for layer in KEPT} for axis, units in by_layer.items()}
+    plan = PrunePlan(Architecture.from_dict(after), layer=KEPT, hidden=list(range(576)), by_layer=kept).to_dict()
     write_json(run / "pruned" / WINNER / "plan.json", plan)
     manifest(run, "teacher", "correct", 95.0, 400_000)
     write_lines(run / "teacher" / "metrics.jsonl", training(100, 2.5, 2.3, 1))
@@ -198,6 +200,28 @@ def test_every_mark_of_the_layer_chart_has_a_tooltip(tmp_path: Path) -> None:
         assert f"layer {layer}: " in page
     assert page.count(", dropped</title>") >= 2 * 3  # drawn wide and narrow
     assert "1,024" in page and "kept (27)" in page
+
+
+def test_the_maps_show_what_the_plan_cuts(tmp_path: Path) -> None:
+    """Heads 2, 5 and 8 of every kept layer go, two thirds of the neurons stay, and of every expert half of the neurons."""
+    run = make_run(tmp_path / "run")
+    file = run / "scores" / "scores.safetensors"
+    scores = ImportanceScores.load(file)
+    for layer in range(30):
+        scores.tensors[f"expert.{layer}"] = torch.rand(4)
+        scores.tensors[f"expert_ffn.{layer}"] = torch.rand(4, 32)
+    scores.save(file)
+    path = run / "pruned" / WINNER / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["by_layer"]["expert"] = {str(layer): [0, 2] for layer in KEPT}
+    plan["by_expert"] = {str(layer): [list(range(16))] * 2 for layer in KEPT}
+    write_json(path, plan)
+    write_report(run, tmp_path / "out", title="t")
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert page.count(", dropped</title>") == 2 * (3 + 3 * 27 + 2 * 27)  # layers, heads and experts, drawn wide and narrow
+    words = " ".join(check(page).words)
+    assert "1,536 units per layer, best at the top. The top 66.7%, above the line, are kept." in words
+    assert "128 units per layer, best at the top. The top 25.0%, above the line, are kept." in words
 
 
 def remove(run: Path, *names: str) -> None:

@@ -43,6 +43,10 @@ class Pruned:
     results: dict[str, Any]
     plan: dict[str, Any]
 
+    def kept_units(self, axis: str) -> dict[str, list[Any]]:
+        """Layer → its kept units on an axis, for ``expert_ffn`` a list for every kept expert; nothing while the plan does not say."""
+        return as_dict(self.plan.get("by_expert") if axis == "expert_ffn" else as_dict(self.plan.get("by_layer")).get(axis))
+
 
 @dataclass(frozen=True)
 class Run:

@@ -8,7 +8,7 @@ from minitron.core.scores import ImportanceScores
 from minitron.report.charts import Bar, Key, Rule, Series, column_chart, figure, heat_map, line_chart
 from minitron.report.formats import count, number, percent
 from minitron.report.markup import Html, join
-from minitron.report.reader import Run, as_dict
+from minitron.report.reader import Run
 from minitron.report.sections.body import Body
 from minitron.report.summary import Summary
 
@@ -45,9 +45,14 @@ def _layer_bars(run: Run, scores: ImportanceScores) -> Html | None:
     )
 
 
+def _num_leaves(value: object) -> int:
+    """Units in a list, or in the lists of all experts."""
+    return sum(map(_num_leaves, value)) if isinstance(value, list) else 1
+
+
 def _binned(values: torch.Tensor) -> list[float]:
     """Scores sorted from high to low, as means of at most 64 equal bins."""
-    ordered = torch.sort(torch.nan_to_num(values.double(), nan=0.0, posinf=0.0, neginf=0.0), descending=True).values
+    ordered = torch.sort(torch.nan_to_num(values.double(), nan=0.0, posinf=0.0, neginf=0.0).flatten(), descending=True).values
     return [float(part.mean()) for part in torch.tensor_split(ordered, min(_BINS, len(ordered)))]
 
 
@@ -57,9 +62,9 @@ def _sorted_map(run: Run, scores: ImportanceScores, *, axis: str, title: str, un
     if not layers:
         return None
     columns = [_binned(scores.of(axis, layer)) for layer in layers]
-    num_units = len(scores.of(axis, layers[0]))
-    plan = as_dict(run.winner.plan.get(axis)) if run.winner else {}
-    kept = len(next(iter(plan.values()))) / num_units if plan else None
+    num_units = scores.of(axis, layers[0]).numel()  # of all experts, where they have some each
+    plan = run.winner.kept_units(axis) if run.winner else {}
+    kept = _num_leaves(next(iter(plan.values()))) / num_units if plan else None
     gone = _gone(run, layers)
     words = []
     for index, layer in enumerate(layers):
@@ -87,7 +92,7 @@ def _cell_map(run: Run, scores: ImportanceScores, *, axis: str, title: str, unit
     if not layers or max(len(scores.of(axis, layer)) for layer in layers) < 2:
         return None
     columns = [torch.nan_to_num(scores.of(axis, layer).double(), nan=0.0, posinf=0.0, neginf=0.0).tolist() for layer in layers]
-    plan, gone = as_dict(run.winner.plan.get(axis)) if run.winner else {}, _gone(run, layers)
+    plan, gone = run.winner.kept_units(axis) if run.winner else {}, _gone(run, layers)
     crossed, words = set(), []
     for index, layer in enumerate(layers):
         kept = plan.get(str(layer))
@@ -149,6 +154,7 @@ def render(run: Run, summary: Summary) -> Body | None:
         _layer_bars(run, scores),
         _sorted_map(run, scores, axis="ffn", title="Feed-forward units", unit="units"),
         _sorted_map(run, scores, axis="expert_ffn", title="Units of the experts", unit="units"),
+        _sorted_map(run, scores, axis="shared_ffn", title="Units of the shared experts", unit="units"),
         _cell_map(run, scores, axis="expert", title="Experts", unit="expert"),
         _cell_map(run, scores, axis="head", title="Query heads", unit="head"),
         _cell_map(run, scores, axis="kv_head", title="Key-value heads", unit="kv head"),
