@@ -57,12 +57,13 @@ class Bench:
         self.family: Family = discover(self.model.config)
         self.layers, self.length = self.family.architecture.num_layers, options.length
         self.files = text_files(options.data)
-        self.num_forwards = 0
+        self.batch_size, self.num_forwards = options.batch_size, 0
         for name in self.family.taps.blocks:
             self.model.get_submodule(name).register_forward_hook(self._count)
 
     def _count(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.num_forwards += 1
+        hidden = output[0] if isinstance(output, tuple) else output
+        self.num_forwards += len(hidden) // self.batch_size  # several streams of a batch may go through a block at once
 
     def sequences(self, part: str, count: int) -> torch.Tensor:
         """The first packed sequences [count, length] of the training or validation file."""
@@ -138,7 +139,7 @@ def single_removals(bench: Bench, samples: torch.Tensor, batch_size: int, repeat
         "expected_time_ratio": (layers**2 + evaluations * head) / (layers * (layers - 1) / 2 + layers + evaluations * head),
         "time_ratios": ratios,
         "largest_relative_difference": max(abs(a - b) / b for a, b in zip(scores["reuse"], scores["naive"], strict=True)),
-        "stored_state_bytes": scorer.stored_bytes,
+        "stored_state_bytes": scorer.stored_bytes(layers),
     }
 
 

@@ -141,7 +141,7 @@ class Judge:
             for numbers, ids, counted in batches_of(self.rows, 32):
                 opening, labels = scorer.runner.open(ids.to(device)), labels_of(ids, counted).to(device)
                 hidden = next(hidden for _, hidden in scorer.runner.without(opening, alive, [], base=True))
-                losses[0].index_add_(0, numbers.to(device), head.rows(hidden, labels))
+                losses[0].index_add_(0, numbers.to(device), head.rows(hidden[0], labels))
         return float(accuracy_of(losses.cpu(), self.items)[0])
 
     def _merged(self, kept: list[int], merges: list[tuple[int, list[int]]], variant: str) -> nn.Module:

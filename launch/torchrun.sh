@@ -6,6 +6,7 @@
 #   NODE_RANK       0 … NNODES-1
 #   MASTER_ADDR     the address of node 0
 #   MASTER_PORT     a free port there (default 29500)
+#   MAX_RESTARTS    how often torchrun starts the ranks again when one dies (default 0); they go on from the last checkpoint
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR
@@ -41,4 +42,4 @@ else
     rendezvous=(--standalone)
 fi
 
-run_script torchrun "$python" "${rendezvous[@]}" --nproc-per-node "$num_processes" "$MINITRON_LAUNCH/run.py" "$@"
+run_script torchrun "$python" "${rendezvous[@]}" --nproc-per-node "$num_processes" --max-restarts "${MAX_RESTARTS:-0}" "$MINITRON_LAUNCH/run.py" "$@"

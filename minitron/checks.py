@@ -12,6 +12,7 @@ from minitron.core.manifest import fingerprint_folder
 from minitron.core.plan import PrunePlan
 from minitron.data.batches import check_share
 from minitron.data.config import source_configs
+from minitron.distill.cache import CacheHeader, check_loss
 from minitron.distill.losses import build_losses, state_terms
 from minitron.distill.settings import TrainingConfig, later_blends
 from minitron.distill.states import check_states, state_taps
@@ -19,12 +20,16 @@ from minitron.engine import check_engine, check_optimizer, resolve_dtype
 from minitron.errors import ArchitectureError, ConfigError, nearest
 from minitron.estimate import student_shape
 from minitron.importance import build_observers, check_placement
+from minitron.log import get_logger
 from minitron.models import Family, config_of, discover, further_teachers, resolve_teacher
 from minitron.models.family import resized_config
-from minitron.models.load import PLACEMENTS, check_further_teachers
+from minitron.models.load import PLACEMENTS, check_attention, check_further_teachers, check_shard_group
 from minitron.prune import target_config
 from minitron.stages import load_stage
+from minitron.stages.cached import cache_folder
 from minitron.stages.cut import check_plan_is_for
+
+logger = get_logger(__name__)
 
 
 def check_config(config: Config, stages: list[str]) -> None:
@@ -34,7 +39,7 @@ def check_config(config: Config, stages: list[str]) -> None:
         MinitronError: the first thing that cannot work, in one sentence.
     """
     sections = config.sections
-    whole = sections["teacher"].placement == "replicate"  # then scoring asks nothing of an engine, and runs on any number of processes
+    whole = sections["teacher"].placement in ("replicate", "cached")  # then scoring asks nothing of an engine, and runs on any number of processes
     used = {section for name in stages for section in load_stage(name).SECTIONS if not (section == "engine" and name == "importance" and whole)}
     if "data" in used and any(name not in ("search", "prune") for name in stages):
         source_configs(sections["data"])
@@ -45,6 +50,8 @@ def check_config(config: Config, stages: list[str]) -> None:
         sections["depth"].check()
     if "prune" in stages:
         _check_plan(config, stages)
+    if "rank" in stages:
+        sections["ranking"].check(sections["training"])
     if "export" in stages:
         sections["export"].check()
     if "loss" in used:
@@ -54,11 +61,16 @@ def check_config(config: Config, stages: list[str]) -> None:
         check_engine(sections["engine"])
         resolve_dtype_name(sections["training"].precision, "training.precision")
     if "teacher" in used:
-        _check_teacher(config)
+        check_teacher(config)
     for settings in _trainings(config, stages):
         _check_training(settings, config)
     if "distill" in stages:
         _check_on_policy(config)
+    if "cache" in stages:
+        sections["cache"].check()
+        _check_training(sections["training"], config, shared=False)
+    if sections["teacher"].placement == "cached":
+        _check_cached(config, stages)
 
 
 def _check_plan(config: Config, stages: list[str]) -> None:
@@ -86,7 +98,7 @@ def _trainings(config: Config, stages: list[str]) -> list[TrainingConfig]:
     return [make() for name, make in made.items() if name in stages]
 
 
-def _check_training(settings: TrainingConfig, config: Config) -> None:
+def _check_training(settings: TrainingConfig, config: Config, *, shared: bool = True) -> None:
     """Budget, phases and their text, batches that the ranks can share, and an optimiser that the engine can feed."""
     engine, data = config.sections["engine"], config.sections["data"]
     settings.check()
@@ -94,7 +106,8 @@ def _check_training(settings: TrainingConfig, config: Config) -> None:
     later_blends(settings, data)
     for number, phase in enumerate(settings.phase_table(data.sequence_length)):
         where = f"training.phases[{number - 1}]" if number else "training"
-        check_share(phase.batch_size, world_size=dist.world_size(), where=where)
+        if shared:
+            check_share(phase.batch_size, world_size=dist.world_size(), where=where)
 
 
 def _check_on_policy(config: Config) -> None:
@@ -108,6 +121,25 @@ def _check_on_policy(config: Config) -> None:
     )
 
 
+def _check_cached(config: Config, stages: list[str]) -> None:
+    """Refuse what a stored teacher cannot serve; where there is a cache already, by what it holds."""
+    sections = config.sections
+    running = [name for name in stages if name in ("importance", "rank")]
+    if running and dist.is_main():
+        logger.info("teacher.placement=cached: %s run the teacher itself, replicated", " and ".join(running))
+    if "distill" not in stages or not any(loss.function.needs_teacher for loss in build_losses(sections["loss"])):
+        return
+    cache = sections["cache"]
+    if sections["teacher"].more:
+        raise ConfigError("teacher.placement=cached stores one teacher, and teacher.more names further ones: use replicate, shard or offload")
+    if "cache" in stages and cache.path:
+        raise ConfigError(
+            f"cache.path={cache.path} is read in place of the cache that the recipe makes: leave it out, or take a recipe without cache"
+        )
+    held = cache if "cache" in stages else CacheHeader.read(cache_folder(Path(config.run_dir).expanduser(), cache.path))
+    check_loss(sections["loss"], signal=held.signal, k=held.k)
+
+
 def check_target(config: Config, stages: list[str]) -> None:
     """Refuse a target that no shape of the teacher meets, and sequences that are longer than a model's positions, before anything is loaded.
 
@@ -118,11 +150,13 @@ def check_target(config: Config, stages: list[str]) -> None:
     """
     _check_positions(config, stages)
     states = bool({"rank", "distill"} & set(stages)) and bool(state_terms(config.sections["loss"]))
-    if not {"correct", "importance", "search", "rank", "prune", "distill", "export"} & set(stages):
+    if not {"correct", "importance", "search", "rank", "prune", "cache", "distill", "export"} & set(stages):
         return
     teacher = config.sections["teacher"]
     document = config_of(resolve_teacher(teacher), teacher)
     family = discover(document)
+    if "cache" in stages:
+        config.sections["cache"].check_vocabulary(family.architecture.vocab_size)
     if "prune" in stages and config.sections["prune"].plan:
         _check_replay(config, document, corrected="correct" in stages)
     if states:
@@ -175,11 +209,13 @@ def _check_state_source(config: Config) -> None:
         raise ConfigError(
             f"loss '{names[0]}' needs intermediate states of the teacher, and teacher.placement=cached stores none: use replicate, shard or offload"
         )
+    if names and config.sections["engine"].compile:
+        raise ConfigError(f"loss '{names[0]}' reads states by hooks inside the blocks, which engine.compile=true would not see: leave it off")
 
 
 def _check_positions(config: Config, stages: list[str]) -> None:
     sections = config.sections
-    if not {"importance", "rank", "correct", "distill", "evaluate"} & set(stages):
+    if not {"importance", "rank", "correct", "cache", "distill", "evaluate"} & set(stages):
         return
     teacher, student = sections["teacher"], sections["student"].path
     documents = {teacher.path: config_of(resolve_teacher(teacher), teacher)}
@@ -187,7 +223,7 @@ def _check_positions(config: Config, stages: list[str]) -> None:
     if "distill" in stages and student and (Path(student).expanduser() / "config.json").is_file():
         documents[student] = config_of(Path(student).expanduser(), teacher)
     lengths = {"data.sequence_length": sections["data"].sequence_length}
-    if "distill" in stages:
+    if {"cache", "distill"} & set(stages):
         for number, entry in enumerate(sections["training"].phases or ()):
             lengths[f"training.phases[{number}].sequence_length"] = entry.get("sequence_length", 0)
     for name, document in documents.items():
@@ -205,17 +241,20 @@ def resolve_dtype_name(name: str, key: str) -> None:
         resolve_dtype(name)
 
 
-def _check_teacher(config: Config) -> None:
+def check_teacher(config: Config) -> None:
+    """Refuse a section ``teacher`` that cannot work.
+
+    Raises:
+        ConfigError: no teacher, an unknown word, or a placement that the engine or the ranks cannot have.
+    """
     teacher = config.sections["teacher"]
     if not teacher.path and not teacher.config:
         raise ConfigError("there is no teacher: give teacher.path=FOLDER_OR_HUB_ID")
     resolve_dtype_name(teacher.dtype, "teacher.dtype")
+    check_attention(teacher.attention)
     check_further_teachers(teacher)
     if teacher.placement not in PLACEMENTS:
         raise ConfigError(f"teacher.placement={teacher.placement} is unknown; {nearest(teacher.placement, PLACEMENTS)}")
-    if teacher.placement == "cached":
-        raise ConfigError(
-            "teacher.placement=cached needs a cache of the teacher's signal, which this version cannot make yet: use replicate, shard or offload"
-        )
+    check_shard_group(teacher)
     if teacher.placement == "shard" and config.sections["engine"].name == "local":
         raise ConfigError("teacher.placement=shard needs several processes: use engine=fsdp or engine=deepspeed under a launcher")

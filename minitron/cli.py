@@ -107,6 +107,8 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return _inspect(arguments, overrides)
     raw, experiment = compose(overrides)
     config = build_config(raw)
+    if arguments.command == "search" and arguments.dry_run:
+        return _preview(config, arguments)
     if arguments.command == "plan" or arguments.dry_run:
         return _plan(config, arguments)
     from minitron.checks import check_config, check_target
@@ -115,7 +117,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     stages = config.recipe.stages if arguments.command == "compress" else [arguments.command]
     check_config(config, stages)
     _quiet_libraries()
-    dist.init()
+    dist.init(config.sections["engine"].timeout)
     check_target(config, stages)
     command = "minitron " + " ".join([arguments.command, *overrides])
     run_stages(config, stages, command=command, experiment=experiment)
@@ -194,12 +196,27 @@ def _inside_dict(key: str, known: dict[str, Any]) -> bool:
 
 
 def _plan(config: Any, arguments: argparse.Namespace) -> int:
+    from minitron.checks import check_teacher
     from minitron.estimate import estimate
+    from minitron.footprint import check_fits
     from minitron.summary import plan_table
 
     _quiet_libraries()
+    check_teacher(config)
     predicted = estimate(config, device_name=arguments.device, num_devices=arguments.devices)
     _say(json.dumps(predicted.to_dict(), indent=1) if arguments.json else plan_table(predicted))
+    warning = check_fits(predicted.planner) if predicted.planner is not None and predicted.num_steps else None
+    if warning:
+        log.get_logger("minitron").warning("%s", warning)
+    return 0
+
+
+def _preview(config: Any, arguments: argparse.Namespace) -> int:
+    from minitron.search_preview import preview_search, preview_table
+
+    _quiet_libraries()
+    found = preview_search(config, device_name=arguments.device)
+    _say(json.dumps(found.to_dict(), indent=1) if arguments.json else preview_table(found))
     return 0
 
 

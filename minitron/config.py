@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from minitron.core.options import relevant
 from minitron.data.config import DataConfig
+from minitron.distill.cache import CacheConfig
 from minitron.distill.losses import LossConfig
 from minitron.distill.on_policy import OnPolicyConfig
 from minitron.distill.settings import CorrectConfig, TrainingConfig
@@ -49,6 +50,7 @@ SECTIONS: dict[str, type] = {
     "ranking": RankingConfig,
     "prune": PruneConfig,
     "correct": CorrectConfig,
+    "cache": CacheConfig,
     "training": TrainingConfig,
     "loss": LossConfig,
     "on_policy": OnPolicyConfig,

@@ -5,14 +5,30 @@ from __future__ import annotations
 import datetime
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from minitron.errors import LaunchError
 
+#: Whether this process works by itself for a while.
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A context in which this process is the only one: rank 0 of 1, on its own device, and no collective waits for the others."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
 
 def rank() -> int:
     """This process's global rank."""
-    return int(os.environ.get("RANK", "0"))
+    return 0 if _alone else int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
@@ -22,7 +38,12 @@ def local_rank() -> int:
 
 def world_size() -> int:
     """The number of processes."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return 1 if _alone else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """The number of processes on this node; all of them where the launcher does not say."""
+    return 1 if _alone else int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def is_main() -> bool:
@@ -93,7 +114,7 @@ def shutdown() -> None:
 
 def barrier() -> None:
     """Wait for every rank."""
-    if initialized():
+    if initialized() and world_size() > 1:
         import torch.distributed
 
         torch.distributed.barrier()

@@ -26,6 +26,10 @@ class CheckpointError(MinitronError):
     """A model folder, run folder or training checkpoint that is missing, damaged or foreign."""
 
 
+class DivergenceError(MinitronError):
+    """A training whose numbers are not finite, with no way back that has not been tried."""
+
+
 class LaunchError(MinitronError):
     """A process group, port, device or disk that is not as needed."""
 
@@ -35,11 +39,11 @@ class Interrupted(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A phrase that names the nearest known word, and all of them when they are few."""
+    """A phrase that names the nearest known word (of a bare key every section that has it), and all of them when they are few."""
     choices = sorted(known)
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-    if not close:  # a key may be right but for its section: compare the last parts as well
-        close = [c for c in choices if c.rpartition(".")[2] == name.rpartition(".")[2]][:1]
-    hint = f"did you mean '{close[0]}'?" if close else ""
+    same = [c for c in choices if c.rpartition(".")[2] == name.rpartition(".")[2]]  # a key may be right but for its section
+    close = [] if same and "." not in name else difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    close = close or same[:4]
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else ""
     listing = f"known: {', '.join(choices)}" if len(choices) <= 16 else ""
     return " ".join(part for part in (hint, listing) if part)

@@ -12,10 +12,12 @@ import torch
 from minitron import dist
 from minitron.config import Config
 from minitron.core.architecture import Architecture
-from minitron.core.cost import device, scoring_flops, training_bytes, training_flops
+from minitron.core.cost import device, scoring_flops, training_flops
 from minitron.engine import resolve_dtype
+from minitron.footprint import Footprint, Planner
 from minitron.models import config_of, discover, resolve_teacher
-from minitron.search import axis_values, budget, enumerate_shapes, explicit_shape
+from minitron.search import explicit_shape, find_shapes
+from minitron.search.ranking import planned_cost
 
 #: Share of a plain matrix product's rate that whole stages reach: measured on two CPU cores; on GPUs a modest MFU.
 _EFFICIENCY = {"cpu": 0.6, "gpu": 0.4}
@@ -25,15 +27,16 @@ _OVERHEAD = {"importance": 12.0, "rank": 12.0, "prune": 5.0, "distill": 10.0, "c
 
 @dataclass
 class Estimate:
-    """Predicted shape and cost of a run. Times are seconds, memory is bytes per rank."""
+    """Predicted shape and cost of a run. Times are seconds; ``planner`` answers what other settings would take."""
 
     teacher: Architecture
     student: Architecture
     flops: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, float] = field(default_factory=dict)
-    memory: dict[str, float] = field(default_factory=dict)
     num_steps: int = 0
+    planner: Planner | None = None
+    footprint: Footprint | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The estimate as plain JSON."""
@@ -43,8 +46,19 @@ class Estimate:
             "flops": self.flops,
             "seconds": self.seconds,
             "tokens": self.tokens,
-            "memory_bytes_per_rank": self.memory,
             "num_steps": self.num_steps,
+            **self._footprint(),
+        }
+
+    def _footprint(self) -> dict[str, Any]:
+        if self.footprint is None:
+            return {}
+        memory, traffic = self.footprint.memory, self.footprint.traffic
+        return {
+            "memory_bytes_per_rank": memory.parts,
+            "memory_bytes_per_moment": memory.moments,
+            "host_bytes_per_rank": memory.host,
+            "traffic_bytes_per_step": {name: {"node": row.node, "network": row.network} for name, row in traffic.items()},
         }
 
 
@@ -63,9 +77,8 @@ def student_shape(config: Config, teacher: Architecture) -> tuple[Architecture, 
         return discover(config_of(Path(config.sections["student"].path).expanduser())).architecture, 1
     if target.name == "explicit":
         return explicit_shape(target, teacher), 1
-    wanted = budget(target, teacher)
-    found = enumerate_shapes(axis_values(search, teacher), teacher, num_parameters=wanted, tolerance=target.tolerance)
-    return found[0], min(len(found), search.num_candidates)
+    found = find_shapes(search, target, teacher, workload=target.workload(config.sections["data"].sequence_length))
+    return found.grid.shape(0), min(len(found), search.num_candidates)
 
 
 def estimate(config: Config, *, device_name: str | None = None, num_devices: int | None = None) -> Estimate:
@@ -88,23 +101,10 @@ def estimate(config: Config, *, device_name: str | None = None, num_devices: int
         tokens, flops = _stage_cost(stage, config, teacher, student, num_candidates)
         result.tokens[stage], result.flops[stage] = tokens, flops
         result.seconds[stage] = flops / (rate * efficiency * world) + _OVERHEAD.get(stage, 1.0)
-    micro_batch_tokens = training.micro_batch(length) * length
     if training.num_steps or training.num_tokens:
         result.num_steps = training.steps(length)
-        shapes = [phase.sequence_length for phase in training.phase_table(length)]
-        micro_batch_tokens = max(training.micro_batch(other, first_length=length) * other for other in shapes)
-    engine = config.sections["engine"]
-    result.memory = training_bytes(
-        student,
-        teacher,
-        world_size=world,
-        sharded_student=engine.name == "fsdp" or (engine.name == "deepspeed" and engine.zero_stage == 3),
-        sharded_teacher=config.sections["teacher"].placement == "shard",
-        micro_batch_tokens=micro_batch_tokens,
-        bf16=bf16,
-        checkpointing=engine.activation_checkpointing,
-        chunk_rows=1024 if device_name or torch.cuda.is_available() else 512,
-    )
+    result.planner = Planner(config, student, teacher, device_name=device_name, num_devices=num_devices)
+    result.footprint = result.planner.footprint()
     return result
 
 
@@ -126,13 +126,8 @@ def _stage_cost(stage: str, config: Config, teacher: Architecture, student: Arch
             flops += training_flops(student, teacher, num_tokens=phase.num_tokens, sequence_length=phase.sequence_length)
         return float(training.tokens(length)), flops
     if stage == "rank" and num_candidates > 1:
-        settings = sections["ranking"].training(training)
-        tokens = float(settings.tokens(length))
-        points = 1 + -(-settings.steps(length) // max(settings.evaluate_every, 1))
-        each = training_flops(student, None, num_tokens=tokens, sequence_length=length)
-        each += points * settings.num_validation_sequences * length * _forward(student, None, length)
-        shared = tokens + settings.num_validation_sequences * length  # candidates share one teacher forward per batch
-        return tokens * num_candidates, num_candidates * each + shared * teacher.flops_per_token(length)
+        cost = planned_cost(sections["ranking"], training, [student] * num_candidates, teacher, sequence_length=length)
+        return cost["tokens"], cost["shared"]
     if stage == "evaluate":
         tokens = float(sections["evaluate"].num_sequences * length)
         return 3 * tokens, tokens * (teacher.flops_per_token(length) + 2 * student.flops_per_token(length))

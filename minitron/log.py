@@ -26,6 +26,15 @@ def setup(debug: bool = False) -> None:
     root.propagate = False
 
 
+#: The place of the last progress that was made, for those who ask how far this process is.
+_position = ""
+
+
+def position() -> str:
+    """How far this process is, as the last progress line would say it; empty before the first."""
+    return _position
+
+
 def duration(seconds: float) -> str:
     """Seconds as a person would say them: 8s, 3m05s, 2h14m."""
     whole = int(round(seconds))
@@ -49,7 +58,9 @@ class Progress:
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count finished units; speak when it is time to."""
+        global _position
         self.done += count
+        _position = f"{self.what} {self.done}/{self.total}"
         now = time.monotonic()
         if dist.is_main() and (now - self._last >= self._every or self.done >= self.total):
             self._last = now

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron import __version__, dist
-from minitron.checkpoint import StopSignal
+from minitron.checkpoint import Heartbeat, RunLock, StopSignal, discard
 from minitron.config import Config
 from minitron.core.manifest import CHECKPOINTS, Manifest, fingerprint_folder, plain, publish, set_aside, write_text
 from minitron.core.protocols import StageModule
@@ -40,10 +40,25 @@ def run_stages(config: Config, stages: list[str], *, command: str, experiment: s
     stop.install()
     run_dir = Path(config.run_dir).expanduser()
     modules = [(name, load_stage(name)) for name in stages]
+    lock = RunLock(run_dir)
+    _on_main(lambda: _take_folder(run_dir, lock))
+    heartbeat = Heartbeat(run_dir, also=lock.beat if dist.is_main() else lambda: None)
+    heartbeat.start()
+    try:
+        _on_main(lambda: _record_run(run_dir, config, stages, command, experiment))
+        _run_modules(config, modules, run_dir, stop)
+    except RuntimeError as error:
+        told = heartbeat.explain(error)
+        if told is None:
+            raise
+        raise told from error
+    finally:
+        heartbeat.stop()
+        lock.release()
+
+
+def _run_modules(config: Config, modules: list[tuple[str, StageModule]], run_dir: Path, stop: StopSignal) -> None:
     memory: dict[str, Any] = {}
-    if dist.is_main():
-        _open_run(run_dir, config, stages, command, experiment)
-    dist.barrier()
     for number, (name, module) in enumerate(modules, start=1):
         if stop.requested():
             raise Interrupted(f"stopped before {name}; the same command goes on from there")
@@ -61,16 +76,28 @@ def _folders(module: StageModule, context: StageContext) -> list[str]:
     return listing(context) if listing else [module.FOLDER]
 
 
-def _open_run(run_dir: Path, config: Config, stages: list[str], command: str, experiment: str | None) -> None:
-    """Make the run folder and record what is being run."""
-    import torch
-    import transformers
+def _take_folder(run_dir: Path, lock: RunLock) -> None:
+    """Make the run folder and be the only run in it.
 
+    Raises:
+        LaunchError: it cannot be written, is on a full disk, or another run is at work in it.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(run_dir).free
         if free < 200 * 2**20:
             raise LaunchError(f"there are only {free / 2**20:.0f} MB free at {run_dir}: give run_dir=FOLDER on a disk with room")
+        lock.acquire()
+    except OSError as error:
+        raise LaunchError(f"run_dir={run_dir} cannot be written: {error.strerror or error}") from error
+
+
+def _record_run(run_dir: Path, config: Config, stages: list[str], command: str, experiment: str | None) -> None:
+    """Record what is being run."""
+    import torch
+    import transformers
+
+    try:
         known = json.loads((run_dir / RUN_FILE).read_text()) if (run_dir / RUN_FILE).is_file() else {}
         document = {
             "recipe": config.recipe.name,
@@ -117,9 +144,12 @@ def _run_stage(config: Config, name: str, module: StageModule, context: StageCon
     partial = final.with_name(f"{final.name}.partial")
     effective = getattr(module, "effective", None)  # a stage may use a section only in part, or changed by another one
     settings = {**config.settings(module.SECTIONS), **(effective(context) if effective else {})}
+    if "packing" in settings.get("data", {}):  # what auto comes to is a result-relevant choice
+        settings["data"] = {**settings["data"], "packing": context.packing()}
     verdict = _on_main(lambda: _decide(config, name, module, context, final, partial, settings, label))
     if verdict is None:
         return
+    context.memory["inputs"] = verdict
     started, clock = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), time.monotonic()
     main_only = getattr(module, "MAIN_ONLY", False)
     try:
@@ -147,7 +177,7 @@ def _run_stage(config: Config, name: str, module: StageModule, context: StageCon
         manifest.write(partial)
         publish(partial, final)
         # Only now: killed a moment earlier, the stage would have to start over.
-        shutil.rmtree(final / CHECKPOINTS, ignore_errors=True)
+        discard(final / CHECKPOINTS)
         (final / _BEGUN).unlink(missing_ok=True)
         logger.info("  done in %s → %s", duration(manifest.wall_seconds), final)
     dist.barrier()

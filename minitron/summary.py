@@ -9,6 +9,7 @@ from typing import Any
 from minitron.config import Config
 from minitron.core.manifest import Manifest
 from minitron.estimate import Estimate
+from minitron.footprint import Footprint
 from minitron.log import duration
 
 
@@ -61,8 +62,19 @@ def plan_table(estimate: Estimate) -> str:
     lines.append(
         f"  {'total':<12}{sum(estimate.tokens.values()):>14,.0f}{sum(estimate.flops.values()):>12.2e}{duration(sum(estimate.seconds.values())):>12}"
     )
-    if estimate.num_steps:
-        lines += ["", f"  distillation: {estimate.num_steps:,} steps; memory per rank while it runs:"]
-        lines += [f"    {part:<18}{size / 1e9:>9.2f} GB" for part, size in estimate.memory.items()]
-        lines.append(f"    {'total':<18}{sum(estimate.memory.values()) / 1e9:>9.2f} GB")
+    if estimate.num_steps and estimate.footprint is not None:
+        lines += ["", f"  distillation: {estimate.num_steps:,} steps; memory per rank while it runs:", *_footprint_rows(estimate.footprint)]
     return "\n".join(lines)
+
+
+def _footprint_rows(footprint: Footprint) -> list[str]:
+    """Memory by part, the peak, what lies in CPU memory, and traffic by link."""
+    memory = footprint.memory
+    rows = [f"    {part:<24}{size / 1e9:>9.2f} GB" for part, size in memory.parts.items()]
+    fullest = max(memory.moments, key=lambda moment: memory.moments[moment])
+    rows.append(f"    {'most at once':<24}{memory.peak / 1e9:>9.2f} GB  ({fullest})")
+    rows += [f"    {part:<24}{size / 1e9:>9.2f} GB in CPU memory" for part, size in memory.host.items()]
+    if footprint.traffic:
+        rows += ["", f"  {'received per rank and step':<26}{'in the node':>14}{'between nodes':>16}"]
+        rows += [f"    {what:<24}{row.node / 1e9:>11.2f} GB{row.network / 1e9:>13.2f} GB" for what, row in footprint.traffic.items()]
+    return rows

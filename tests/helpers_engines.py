@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import linecache
+import traceback
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from helpers_models import tiny_model
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minitron import dist
 from minitron.checkpoint import Checkpointer
@@ -18,6 +23,7 @@ from minitron.distill.pair import StudentLosses, TeacherStudent
 from minitron.distill.teacher import TeacherSignal
 from minitron.distill.validation import validate, validation_batches
 from minitron.engine import EngineConfig, OptimizerConfig, build_engine
+from minitron.models.lazy import load_lazily
 from minitron.ops.kd_loss import IGNORE_INDEX
 
 VOCAB, LENGTH, BATCH = 300, 45, 8
@@ -40,6 +46,12 @@ class Case:
     epsilon: float = 1e-8
     rate: float = 3e-3
     optimizer: str = "adamw"
+    sharding: str = "full"
+    shard_size: int | None = None
+    offload: str = "none"
+    checkpointing: bool = False
+    compile: bool = False
+    lazy: bool = False
 
 
 class FixedBatches:
@@ -71,8 +83,19 @@ def blocks_of(model: Any) -> list[torch.nn.Module]:
 
 def start(case: Case) -> tuple[Engine, TeacherStudent]:
     kind = "tied" if case.tied else "untied"
-    student, teacher = (tiny_model(case.folder / f"{role}-{kind}") for role in ("student", "teacher"))
-    config = EngineConfig(name=case.engine, zero_stage=case.zero_stage)
+    teacher = tiny_model(case.folder / f"teacher-{kind}")
+    student = load_lazily(case.folder / f"student-{kind}", dtype=torch.float32) if case.lazy else tiny_model(case.folder / f"student-{kind}")
+    if case.checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    config = EngineConfig(
+        name=case.engine,
+        zero_stage=case.zero_stage,
+        sharding=case.sharding,
+        shard_size=case.shard_size,
+        offload=case.offload,
+        activation_checkpointing=case.checkpointing,
+        compile=case.compile,
+    )
     optimizer = OptimizerConfig(name=case.optimizer, weight_decay=0.1, gradient_clipping=case.clipping, epsilon=case.epsilon)
     engine = build_engine(config, optimizer=optimizer, precision=case.precision)
     losses = LossConfig(terms={"forward_kl": 1.0, "cross_entropy": 0.3}, temperature=2.0)
@@ -104,7 +127,9 @@ def scenario(case: Case) -> dict[str, Any]:
     progress = Progress()
     if case.stop_at is not None:
         leg(engine, pair, progress, case.stop_at)
-        checkpointer = Checkpointer(case.folder / "checkpoints" / f"{case.engine}-{case.zero_stage}-{case.precision}-{case.optimizer}")
+        checkpointer = Checkpointer(
+            case.folder / "checkpoints" / f"{case.engine}-{case.zero_stage}-{case.precision}-{case.optimizer}-{case.sharding}-{case.offload}"
+        )
         checkpointer.save(progress.step, engine.state_dict(), {})
         engine, pair = start(case)
         found = checkpointer.load_latest()
@@ -141,6 +166,29 @@ def norms_around_nan(case: Case) -> list[float]:
         engine.backward(pair.losses(batch, torch.tensor(257.0))["loss"] * factor, boundary=True)
         norms.append(float(engine.step(1e-3)))
     return norms
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts what would make the host wait for a device, by the innermost file outside torch that asked for it.
+
+    Not counted is what is asked of CPU tensors alone: the line, or one of the four before it, says so by comparing with ``"cpu"``.
+    """
+
+    NAMES = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "repeat_interleave")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # the operation on its local tensor comes by again
+        if func.name().split("::")[1].split(".")[0] in self.NAMES:
+            frame = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename and frame.filename != __file__][-1]
+            lines = [linecache.getline(frame.filename, frame.lineno - before) for before in range(5)]
+            if not any('"cpu"' in line for line in lines):
+                self.places["/".join(frame.filename.split("site-packages/")[-1].split("/")[-3:])] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def column(result: dict[str, Any], name: str) -> torch.Tensor:

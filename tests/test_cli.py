@@ -84,7 +84,10 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
         (["comprss"], "there is no command or stage 'comprss'; did you mean 'compress'?"),
         (["importanc"], "did you mean 'importance'?"),
         (["compress", "importnce.num_samples=3"], "there is no option 'importnce.num_samples'; did you mean 'importance.num_samples'?"),
-        (["compress", "num_samples=3"], "there is no option 'num_samples'; did you mean 'importance.num_samples'?"),
+        (
+            ["compress", "num_samples=3"],
+            "there is no option 'num_samples'; did you mean 'cache.num_samples' or 'depth.laco.num_samples' or 'importance.num_samples'?",
+        ),
         (["compress", "traning.num_steps=3"], "did you mean 'training.num_steps'?"),
         (["compress", "engin=local"], "there is no option 'engin'; did you mean 'engine'?"),
         (["compress", "importance=activaton"], "importance=activaton is unknown; did you mean 'activation'?"),

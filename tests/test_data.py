@@ -16,12 +16,13 @@ import pytest
 import torch
 from helpers_text import document, tiny_tokenizer, write_jsonl
 
-from minitron.data import IGNORE_INDEX, DataConfig, GlobalBatches, SequenceStream, Text, data_fingerprint, open_text
+from minitron.data import DataConfig, GlobalBatches, SequenceStream, Text, data_fingerprint, open_text
 from minitron.data import builtin as builtin_module
 from minitron.data.config import source_configs
 from minitron.data.readers import PIECE_CHARACTERS, read_documents
 from minitron.data.sources import split_documents, split_of
 from minitron.errors import CheckpointError, ConfigError, DataError
+from minitron.ops.kd_loss import IGNORE_INDEX
 
 
 def opened(tmp_path: Path, *, num_documents: int = 60, seed: int = 1, **options: object) -> Text:

@@ -6,7 +6,9 @@ import pytest
 import torch
 from helpers_losses import CASES, case_id, reference, whole_logits
 
-from minitron.distill.losses import LossConfig, build_losses
+from minitron.distill.cache import CacheConfig
+from minitron.distill.cache.compress import compress, decompress, uniform_draws
+from minitron.distill.losses import LossConfig, build_losses, sparse_losses
 from minitron.ops.head import Head, LogitTransform
 from minitron.ops.kd_loss import IGNORE_INDEX, fused_linear_losses
 
@@ -51,3 +53,27 @@ def test_chunked_loss_on_the_gpu_equals_float64(case: LossConfig, transform: Log
     expected = run("cpu", torch.float64, torch.float64)
     for ours, exact in zip(run("cuda", dtype, dtype), expected, strict=True):
         assert float((ours - exact).norm() / exact.norm()) < tolerance
+
+
+@pytest.mark.parametrize(
+    "config", [CacheConfig(signal="top_k", k=20), CacheConfig(signal="samples", num_samples=16, proposal=0.8)], ids=lambda c: c.signal
+)
+def test_stored_targets_on_the_gpu_equal_those_of_the_cpu(config: CacheConfig) -> None:
+    """What is kept of logits, what is made of it again, and the loss with its gradient. A draw at the edge between two tokens may go either way."""
+    generator = torch.Generator().manual_seed(0)
+    logits, student = (torch.randn(64, 1001, generator=generator) * 2 for _ in range(2))
+    uniform = uniform_draws(b"a key of 16 byte", 64, config.num_samples, seed=0)
+    (loss,) = sparse_losses(build_losses(LossConfig()), config.signal)
+
+    def run(device: str) -> list[torch.Tensor]:
+        kept = compress(logits.to(device), config, uniform=uniform.to(device))
+        targets = decompress({name: tensor.to(device) for name, tensor in kept.items()}, config, num_tokens=1001)
+        value, slope = loss.function(student.to(device), targets, torch.zeros(64), temperature=1.0, gradient=True)  # type: ignore[arg-type]
+        assert slope is not None
+        return [targets.ids.cpu(), value.cpu(), slope.cpu()]
+
+    (ids, *numbers), (its, *others) = run("cuda"), run("cpu")
+    same = (ids == its).all(dim=-1)
+    assert int(same.sum()) >= 62
+    for a, b in zip(numbers, others, strict=True):
+        torch.testing.assert_close(a[same], b[same], rtol=1e-4, atol=1e-5)

@@ -29,7 +29,7 @@ LEVELS = {
     **dict.fromkeys(("prune", "evaluate", "distill"), 4),
     **dict.fromkeys(("importance", "search", "sparsify", "report"), 5),
     "stages": 6,
-    **dict.fromkeys(("config", "pipeline", "estimate", "checks", "summary", "inspection", "inspection_table"), 7),
+    **dict.fromkeys(("config", "pipeline", "estimate", "checks", "summary", "inspection", "inspection_table", "search_preview", "footprint"), 7),
     "cli": 8,
 }
 #: Files of one level that may know each other; rooms (folders) of one level never do.
@@ -37,10 +37,14 @@ SIBLINGS = {
     ("checks", "config"),
     ("checks", "estimate"),
     ("estimate", "config"),
+    ("estimate", "footprint"),
+    ("footprint", "config"),
+    ("summary", "footprint"),
     ("inspection", "config"),
     ("inspection_table", "inspection"),
     ("summary", "config"),
     ("pipeline", "config"),
+    ("search_preview", "config"),
     ("summary", "estimate"),
     ("log", "errors"),
     ("log", "dist"),
@@ -217,6 +221,25 @@ def test_no_print_and_no_swallowed_errors() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+#: Names that an engine's or a model's wrapper goes by.
+WRAPPED = {"model", "student", "teacher", "decoder", "engine", "wrapped", "root"}
+
+
+def reaches_inside(node: ast.AST) -> bool:
+    """``model.module`` and the like: a look behind a wrapper, where weights may be sharded."""
+    if not isinstance(node, ast.Attribute) or node.attr != "module":
+        return False
+    name = node.value.id if isinstance(node.value, ast.Name) else node.value.attr if isinstance(node.value, ast.Attribute) else ""
+    return name.lstrip("_") in WRAPPED
+
+
+def test_nobody_reaches_inside_a_wrapped_model() -> None:
+    wrong = [f"{relative(path)}:{node.lineno}" for path in FILES for node in ast.walk(tree_of(path)) if reaches_inside(node)]
+    assert not wrong
+    seen = [any(reaches_inside(node) for node in ast.walk(ast.parse(text))) for text in ("f(model.module)", "self._engine.module.x", "spec.module")]
+    assert seen == [True, True, False]
+
+
 def test_public_functions_have_types_and_docstrings() -> None:
     """Every public module-level function and class says what it is, and every function's arguments are typed."""
     wrong = []
@@ -282,7 +305,7 @@ def test_modules_of_a_table_have_rows() -> None:
     for group, (module, _) in TABLES.items():
         folder = Path(importlib.import_module(module).__file__ or "").parent
         rows = {where.partition(":")[0].rpartition(".")[2] for g in TABLES if TABLES[g][0] == module for where in table(g).values()}
-        helpers = {"__init__", "scoring", "member", "offload", "optimizer", "precision", "state"}
+        helpers = {"__init__", "scoring", "member", "compiling", "frozen", "lazy", "offload", "optimizer", "precision", "shares", "state"}
         assert {path.stem for path in folder.glob("*.py")} - helpers <= rows | helpers, group
 
 

@@ -403,7 +403,7 @@ def test_samples_without_a_token_that_counts_are_refused(folder: Path) -> None:
         ({"name": "taylor"}, {}, "shard", "importance=taylor needs gradients of whole weights, which teacher.placement=shard does not give"),
         ({"name": "taylor"}, {}, "offload", "importance=taylor needs gradients of whole weights, which teacher.placement=offload"),
         ({}, {"name": "layer_taylor"}, "offload", "depth=layer_taylor needs gradients"),
-        ({}, {"name": "lm_loss"}, "shard", "depth=lm_loss needs whole layers"),
+        ({}, {"selection": "laco"}, "shard", "depth.selection=laco needs whole layers"),
         ({"rounds": 2, "shrink_to": {"ffn": 8}}, {}, "shard", "importance.rounds=2 needs whole weights"),
     ],
 )

@@ -220,7 +220,10 @@ def run_of(
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in read_metrics(folder / "metrics.jsonl")]
+    return [
+        {key: value for key, value in row.items() if key not in ("tokens_per_second", "data_seconds")}
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
 
 
 def stop_after(number: int) -> Callable[[], bool]:

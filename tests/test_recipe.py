@@ -74,6 +74,29 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def sequences(place: Path, count: int, *, split: str = "train") -> torch.Tensor:
+    """The first sequences that a run of these options reads."""
+    from minitron.data import DataConfig, open_text
+
+    config = DataConfig(path=str(place / "text.jsonl"), sequence_length=24, validation_fraction=0.2)
+    text = open_text(config, tiny_tokenizer(300), seed=0)
+    if split == "validation":
+        return text.take(count, split=split)
+    stream = text.stream()
+    return torch.stack([stream.next() for _ in range(count)])
+
+
+def documents_of(row: torch.Tensor) -> list[torch.Tensor]:
+    """A sequence cut after every end of text (token 1)."""
+    ends = [place + 1 for place, token in enumerate(row.tolist()) if token == 1]
+    return [row[start:stop] for start, stop in zip([0, *ends], [*ends, len(row)], strict=True) if stop > start]
+
+
+def num_predicted(rows: torch.Tensor) -> int:
+    """Tokens with one of their own document before them."""
+    return sum(len(document) - 1 for row in rows for document in documents_of(row))
+
+
 def winner_of(run: Path) -> dict[str, Any]:
     """The best candidate's line in candidates.jsonl."""
     name = read_json(run / "ranking" / "ranking.json")["candidates"][0]["name"]
@@ -95,19 +118,20 @@ def test_every_file_is_there(finished: Path) -> None:
     assert len((finished / "candidates" / "candidates.jsonl").read_text().splitlines()) == 2
 
 
-def test_ranking_is_by_loss_of_what_was_trained_equally_long(finished: Path) -> None:
+def test_ranking_is_by_loss_of_what_was_trained_equally_long(finished: Path, place: Path) -> None:
     rows = read_json(finished / "ranking" / "ranking.json")["candidates"]
     assert [row["status"] for row in rows] == ["ok", "ok"] and rows[0]["loss"] <= rows[1]["loss"]
-    assert rows[0]["tokens"] == rows[1]["tokens"] == 2 * 4 * 23  # steps, sequences, predicted tokens
+    assert rows[0]["tokens"] == rows[1]["tokens"] == num_predicted(sequences(place, 2 * 4))  # steps, sequences
     assert [point["step"] for point in rows[0]["curve"]] == [0, 1, 2]
 
 
-def test_metrics_of_training(finished: Path) -> None:
+def test_metrics_of_training(finished: Path, place: Path) -> None:
     """One line a step with the global token count; distillation brings the student nearer to the teacher."""
     rows = read_metrics(finished / "student" / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, NUM_STEPS + 1))
-    assert [row["tokens"] for row in steps] == [4 * 23 * step for step in range(1, NUM_STEPS + 1)]
+    drawn = sequences(place, 4 * NUM_STEPS)
+    assert [row["tokens"] for row in steps] == [num_predicted(drawn[: 4 * step]) for step in range(1, NUM_STEPS + 1)]
     assert all(row["loss"] == pytest.approx(row["forward_kl"], rel=1e-6) for row in steps)
     checks = [row for row in rows if "validation_kl" in row]
     assert [row["step"] for row in checks] == [0, 20, 40, 60]
@@ -115,20 +139,19 @@ def test_metrics_of_training(finished: Path) -> None:
 
 
 def test_evaluation_by_hand(finished: Path, place: Path) -> None:
-    """Perplexity of teacher and student by Hugging Face's own loss on the same held-out sequences, in float64."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from minitron.data import DataConfig, open_text
+    """Perplexity of teacher and student by Hugging Face's own loss on the documents of the same held-out sequences, one by one, in float64."""
+    from transformers import AutoModelForCausalLM
 
     metrics = read_json(finished / "evaluation" / "metrics.json")
     assert set(metrics) == {"teacher", "pruned", "student"}
-    config = DataConfig(path=str(place / "text.jsonl"), sequence_length=24, validation_fraction=0.2)
-    held_out = open_text(config, AutoTokenizer.from_pretrained(place / "teacher"), seed=0).take(6, split="validation")
+    held_out = sequences(place, 6, split="validation")
+    documents = [document for row in held_out for document in documents_of(row) if len(document) > 1]
     for name, folder in {"teacher": place / "teacher", "student": finished / "export"}.items():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
         with torch.no_grad():
-            loss = model(held_out, labels=held_out).loss
-        assert metrics[name]["num_tokens"] == 6 * 23
+            summed = sum(model(document[None], labels=document[None]).loss * (len(document) - 1) for document in documents)
+        loss = summed / num_predicted(held_out)
+        assert metrics[name]["num_tokens"] == num_predicted(held_out) < 6 * 23
         assert metrics[name]["num_parameters"] == sum(p.numel() for p in model.parameters())
         assert metrics[name]["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-4)
     assert metrics["pruned"]["num_parameters"] == metrics["student"]["num_parameters"] == winner_of(finished)["num_parameters"]
@@ -211,7 +234,7 @@ def losses(folder: Path) -> dict[int, list[Any]]:
     """Everything that a step's line says, but how fast it was."""
     rows: dict[int, list[Any]] = {}
     for row in read_metrics(folder / "metrics.jsonl"):
-        rows.setdefault(row["step"], []).append({key: value for key, value in row.items() if key != "tokens_per_second"})
+        rows.setdefault(row["step"], []).append({key: value for key, value in row.items() if key not in ("tokens_per_second", "data_seconds")})
     return rows
 
 

@@ -160,7 +160,7 @@ def test_resuming_is_exact(folder: Path, engine: str, stage: int, ranks: int) ->
     """The dynamic weight, the filters of the first stage and the maps are in the checkpoint, bit for bit."""
     whole, halves = run_ranks(both_ways, ranks, Case(folder, engine=engine, zero_stage=stage))[0]
     for row, other in zip(halves["curve"], whole["curve"], strict=True):
-        assert {**row, "tokens_per_second": 0} == {**other, "tokens_per_second": 0}
+        assert {**row, "tokens_per_second": 0, "data_seconds": 0} == {**other, "tokens_per_second": 0, "data_seconds": 0}
     assert all(torch.equal(halves["weights"][name], tensor) for name, tensor in whole["weights"].items())
     assert halves["extra"].keys() == whole["extra"].keys() and len(whole["extra"]) == 5
     assert all(torch.equal(halves["extra"][name], tensor) for name, tensor in whole["extra"].items())
@@ -223,7 +223,10 @@ def training(folder: Path, text: Text, out: Path, *, stop: Callable[[], bool] = 
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in read_metrics(folder / "metrics.jsonl")]
+    return [
+        {key: value for key, value in row.items() if key not in ("tokens_per_second", "data_seconds")}
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
 
 
 def test_a_stopped_training_goes_on_as_if_it_had_not_been_stopped(folder: Path, text: Text, tmp_path: Path) -> None:

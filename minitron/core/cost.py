@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from minitron.core.architecture import Architecture
 from minitron.errors import ConfigError, nearest
@@ -51,38 +55,40 @@ def training_flops(student: Architecture, teacher: Architecture | None, *, num_t
     return num_tokens * per_token
 
 
-def activation_bytes(shape: Architecture, *, tokens: int, bytes_per_value: int, checkpointing: bool) -> float:
-    """Rough bytes of stored activations for a backward pass over ``tokens`` tokens.
+def decode_seconds(device: Device, *, matrix_flops: Any, attention_flops: Any, weight_bytes: Any, cache_bytes: Any) -> Any:
+    """Seconds of one decoding step by the roofline: weights and their products, then keys and values and theirs, each bound by arithmetic or memory.
 
-    Per token and layer, without recomputation: 10 hidden-sized values, 3 of the ffn, 4 of the attention width; with it, the block's input.
+    Takes numbers or arrays of them.
     """
-    attention = shape.num_heads * shape.head_dim
-    per_layer = shape.hidden_size if checkpointing else 10 * shape.hidden_size + 3 * shape.ffn_size + 4 * attention
-    return float(tokens * shape.num_layers * per_layer * bytes_per_value)
+    matrices = np.maximum(matrix_flops / device.flops, weight_bytes / device.bandwidth)
+    return matrices + np.maximum(attention_flops / device.flops, cache_bytes / device.bandwidth)
 
 
-def training_bytes(
-    student: Architecture,
-    teacher: Architecture | None,
+def prefill_seconds(device: Device, *, flops: Any, weight_bytes: Any) -> Any:
+    """Seconds until a batch of prompts is read, by the roofline. Takes numbers or arrays of them."""
+    return np.maximum(flops / device.flops, weight_bytes / device.bandwidth)
+
+
+def ranking_flops(
+    teacher: Architecture,
+    students: Sequence[tuple[Architecture, int, int]],
     *,
-    world_size: int,
-    sharded_student: bool,
-    sharded_teacher: bool,
-    micro_batch_tokens: int,
-    bf16: bool,
-    checkpointing: bool,
-    chunk_rows: int = 1024,
+    tokens_per_step: float,
+    held_out_tokens: float,
+    sequence_length: int,
 ) -> dict[str, float]:
-    """Bytes per rank by part: float32 weights, gradients and two moments of the student, the teacher, activations, the loss's chunk."""
-    width = 2 if bf16 else 4
-    shards = world_size if sharded_student else 1
-    parts = {
-        "student weights": 4.0 * student.num_parameters / shards,
-        "gradients": 4.0 * student.num_parameters / shards,
-        "optimizer": 8.0 * student.num_parameters / shards,
-        "activations": activation_bytes(student, tokens=micro_batch_tokens, bytes_per_value=width, checkpointing=checkpointing),
-        "loss": 6.0 * 4.0 * chunk_rows * student.vocab_size + 4.0 * student.vocab_size * student.hidden_size,
-    }
-    if teacher is not None:
-        parts["teacher"] = width * teacher.num_parameters / (world_size if sharded_teacher else 1)
-    return parts
+    """FLOPs of training every student for a number of steps and reading the held-out tokens a number of times.
+
+    ``students`` are shapes with their steps and held-out readings. ``shared``: all are trained side by side, so that the teacher's blocks read every
+    training batch once and the held-out tokens once; its head is applied for every student. ``independent``: each has the teacher to itself.
+    """
+    whole = teacher.flops_per_token(sequence_length)
+    blocks = teacher.flops_per_token(sequence_length, head=False)
+    result = {"shared": 0.0, "independent": 0.0}
+    for shape, steps, readings in students:
+        student, trained, read = shape.flops_per_token(sequence_length), steps * tokens_per_step, readings * held_out_tokens
+        result["independent"] += trained * (3.0 * student + whole) + read * (student + whole)
+        result["shared"] += trained * (3.0 * student + whole - blocks) + read * (student + whole - blocks)
+    if students:
+        result["shared"] += (max(steps for _, steps, _ in students) * tokens_per_step + held_out_tokens) * blocks
+    return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -91,3 +92,21 @@ def merges_for(scores: ImportanceScores, kept: Sequence[int]) -> list[tuple[int,
         if gone == wanted:
             return merges[:count]
     return []
+
+
+def reachable_layers(scores: ImportanceScores, numbers: Sequence[int], **options: Any) -> dict[int, tuple[int, ...]]:
+    """The layers to keep for each number of them that :func:`choose_layers` can come to with these ``options``.
+
+    Raises:
+        ArchitectureError: it can come to none of the numbers.
+    """
+    found: dict[int, tuple[int, ...]] = {}
+    refused: ArchitectureError | None = None
+    for number in numbers:
+        try:
+            found[number] = tuple(choose_layers(scores, number, **options).kept)
+        except ArchitectureError as error:
+            refused = error
+    if refused is not None and not found:
+        raise refused
+    return found

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from minitron.core.share import Share
+
 
 class Tracker(Protocol):
     """Receives metrics of a stage. Names are stable: ``loss``, ``tokens_per_second``, …"""
@@ -29,7 +31,8 @@ class Engine(Protocol):
     def prepare(self, root: nn.Module, *, blocks: list[nn.Module]) -> Callable[..., dict[str, torch.Tensor]]:
         """Wrap the trainable root module (whose forward returns the loss terms) and make its optimiser.
 
-        ``blocks`` are the repeated layers inside it, the natural units of sharding.
+        ``blocks`` are the repeated layers inside it, the natural units of sharding. Parameters on the meta device are read from the source
+        that is bound to their model, each rank its own share.
         """
 
     def prepare_frozen(self, teacher: nn.Module, *, blocks: list[nn.Module], placement: str) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -42,19 +45,38 @@ class Engine(Protocol):
         """
 
     def step(self, learning_rate: float) -> torch.Tensor:
-        """Clip, update, clear the gradients. Returns the gradient norm before clipping as a 0-d tensor on the device."""
+        """Clip, update, clear the gradients. Returns the gradient norm before clipping as a 0-d tensor on the device.
+
+        Where that is not finite nothing was updated; no host waits to find out.
+        """
+
+    def blame(self) -> str:
+        """The parameter whose gradient was the first that is not finite in the last step, where that is known; waits for the device."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """This rank's share of weights and optimiser state, flat."""
+        """This rank's share of weights and moments: ``weight/<parameter>`` and ``optimizer/<parameter>/<key>``, views of what is there."""
+
+    def shares(self) -> dict[str, Share]:
+        """Of every entry that any rank has in ``state_dict``, which numbers of the whole lie here; the same names on every rank."""
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """The inverse, on the same number of ranks."""
+        """The inverse, from entries that hold the numbers which ``shares`` calls for, whichever engine has saved them."""
 
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole float32 weights of the root module by name, one at a time, on the CPU; every rank must iterate."""
 
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[list[torch.Tensor]]:
-        """A context that yields these parameters of a frozen module whole, and lets go of them at its end."""
+        """A context that yields these parameters, of the frozen or the trained module, whole, and lets go of them at its end."""
+
+
+class WeightSource(Protocol):
+    """Where the parameters of a model on the meta device come from; ``core/lazy.py`` binds one to its model."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows from ``start`` to ``stop`` (None: all that follow) of a parameter by its name in memory, on the CPU."""
+
+    def close(self) -> None:
+        """Let go of what is open; a later read opens it again."""
 
 
 class RowLoss(Protocol):

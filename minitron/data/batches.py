@@ -8,15 +8,7 @@ import torch
 
 from minitron.data.stream import SequenceStream
 from minitron.errors import ConfigError
-
-IGNORE_INDEX = -100
-
-
-def shifted_labels(input_ids: torch.Tensor) -> torch.Tensor:
-    """The next token of every position, [..., sequence]; IGNORE_INDEX at the last."""
-    labels = torch.full_like(input_ids, IGNORE_INDEX)
-    labels[..., :-1] = input_ids[..., 1:]
-    return labels
+from minitron.ops.documents import next_token_labels
 
 
 def check_share(batch_size: int, *, world_size: int, where: str) -> None:
@@ -38,8 +30,19 @@ class GlobalBatches:
     Every rank walks the same stream and keeps a contiguous block, so the global batch is the same for any number of ranks.
     """
 
-    def __init__(self, stream: SequenceStream, *, batch_size: int, micro_batch_size: int | None, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        stream: SequenceStream,
+        *,
+        batch_size: int,
+        micro_batch_size: int | None,
+        rank: int,
+        world_size: int,
+        separator: int | None = None,
+    ) -> None:
         """``batch_size`` counts sequences of all ranks; ``micro_batch_size`` those of one forward pass (None: the rank's whole share).
+
+        With a ``separator`` nothing is predicted where a document ends.
 
         Raises:
             ConfigError: a size below 1, or a batch that the ranks cannot share equally.
@@ -49,7 +52,7 @@ class GlobalBatches:
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ConfigError(f"training.micro_batch_size={micro_batch_size} must be at least 1, or null for a rank's whole share")
         check_share(batch_size, world_size=world_size, where="training")
-        self._stream, self._batch_size, self._rank = stream, batch_size, rank
+        self._stream, self._batch_size, self._rank, self._separator = stream, batch_size, rank, separator
         self._share = batch_size // world_size
         self._micro = min(micro_batch_size or self._share, self._share)
 
@@ -64,7 +67,7 @@ class GlobalBatches:
         drawn = [self._stream.next() for _ in range(self._batch_size)]
         share = torch.stack(drawn[first : first + self._share])
         micro_batches = [share[start : start + self._micro] for start in range(0, self._share, self._micro)]
-        return [{"input_ids": ids, "labels": shifted_labels(ids)} for ids in micro_batches]
+        return [{"input_ids": ids, "labels": next_token_labels(ids, self._separator)} for ids in micro_batches]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, plain JSON and equal on every rank."""

@@ -10,6 +10,7 @@ from minitron.core.options import option
 from minitron.errors import ConfigError, nearest
 
 BUILTINS = ("python_docs",)
+PACKINGS = ("auto", "separate", "joined")
 _HOW = (
     "data.path=FILE_OR_FOLDER, data.name=HF_DATASET, data.builtin=python_docs (the documentation of the running Python) "
     "or data.sources=[{path: …, weight: …}, …]"
@@ -31,6 +32,9 @@ class DataConfig:
     validation_fraction: float = option(0.05, "share of the documents that is held out, by a hash of their text")
     sources: list[dict[str, Any]] | None = option(None, "a blend: list of {path|name|builtin, subset, split, streaming, text_column, weight}")
     shuffle_buffer: int = option(10000, "documents in the shuffling buffer of streaming sources")
+    packing: str = option("auto", "documents in one sequence: separate (none sees another), joined, or auto: separate where the model can")
+    num_workers: int = option(0, "threads that read and tokenise ahead of the training; 0: text is read when it is needed", recorded=True)
+    skip_corrupt: bool = option(False, "go on without the rest of a file that cannot be read, instead of stopping with its name")
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,10 @@ def source_configs(config: DataConfig, *, where: str = "data") -> tuple[SourceCo
     for name in ("sequence_length", "shuffle_buffer"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{where}.{name}={getattr(config, name)} must be at least 1")
+    if config.num_workers < 0:
+        raise ConfigError(f"{where}.num_workers={config.num_workers} must be 0 (text is read when it is needed) or a number of threads")
+    if config.packing not in PACKINGS:
+        raise ConfigError(f"{where}.packing={config.packing} is unknown; {nearest(config.packing, PACKINGS)}")
     if config.path is None and config.name is None and config.sources is not None:
         if not config.sources:
             raise ConfigError(f"{where}.sources is an empty list: give at least one {{path: …}} or {{name: …}}")

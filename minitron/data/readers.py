@@ -21,6 +21,10 @@ ACCEPTED = f"{' '.join(TEXT_SUFFIXES + JSON_SUFFIXES)} (each also with {' '.join
 PIECE_CHARACTERS = 16_384
 
 
+class DamagedFileError(DataError):
+    """A file whose content is not what its name says, or that ends too early."""
+
+
 def local_files(path: str) -> list[Path]:
     """The readable text files at a path, in the order of their names.
 
@@ -48,7 +52,8 @@ def read_documents(file: Path, *, text_column: str) -> Iterator[str]:
     """The documents of one file: a whole text (cut at blank lines when long), or one per row.
 
     Raises:
-        DataError: the file is damaged, not UTF-8, or lacks the text column; names the file and the line.
+        DamagedFileError: the file is damaged or not UTF-8; names the file and the line.
+        DataError: it lacks the text column, or reading it needs a package that is not there.
     """
     kind = _kind(file)
     if kind == "parquet":
@@ -62,9 +67,9 @@ def read_documents(file: Path, *, text_column: str) -> Iterator[str]:
             else:
                 yield from _pieces(stream)
     except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start} of a block") from error
+        raise DamagedFileError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start} of a block") from error
     except damaged as error:
-        raise DataError(f"{file} cannot be read, it is damaged or cut short: {error}") from error
+        raise DamagedFileError(f"{file} cannot be read, it is damaged or cut short: {error}") from error
 
 
 def _kind(file: Path) -> str | None:
@@ -135,7 +140,7 @@ def _parsed(text: str, file: Path, number: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}, line {number + error.lineno - 1}, is not JSON: {error.msg} at column {error.colno}") from error
+        raise DamagedFileError(f"{file}, line {number + error.lineno - 1}, is not JSON: {error.msg} at column {error.colno}") from error
 
 
 def _column(row: Any, column: str, where: str) -> str:
@@ -174,4 +179,4 @@ def _parquet(file: Path, text_column: str) -> Iterator[str]:
                 for row in batch.to_pylist():
                     yield _column(row, text_column, str(file))
     except (arrow_error, OSError) as error:
-        raise DataError(f"{file} cannot be read, it is damaged or no parquet file: {error}") from error
+        raise DamagedFileError(f"{file} cannot be read, it is damaged or no parquet file: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,12 +13,14 @@ import numpy as np
 
 from minitron.data.builtin import python_docs
 from minitron.data.config import SourceConfig
-from minitron.data.readers import local_files, read_documents, text_of
-from minitron.errors import DataError
+from minitron.data.readers import DamagedFileError, local_files, read_documents, text_of
+from minitron.errors import DataError, MinitronError
 from minitron.log import get_logger
 
 SPLITS = ("train", "validation")
 _LARGE_BYTES = 2 << 30
+#: Damaged files that this process has passed over.
+_SKIPPED: set[Path] = set()
 
 _logger = get_logger(__name__)
 
@@ -61,14 +64,24 @@ class RowStream:
         dataset = self._dataset
         if shuffle_seed is not None:
             dataset = dataset.shuffle(seed=shuffle_seed, buffer_size=self._buffer)
-        for number, row in enumerate(dataset.skip(start) if start else dataset, start):
+        rows = iter(dataset.skip(start) if start else dataset)
+        for number in count(start):
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except MinitronError:
+                raise
+            except Exception as error:  # networks, archives and formats fail in their own ways
+                told = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+                raise DataError(f"{self._label} cannot be read after {number} rows: {type(error).__name__}: {told}") from error
             if self._column not in row:
                 raise DataError(f"{self._label} has no column '{self._column}' (its columns: {', '.join(map(str, row))}): set data.text_column")
             yield number, text_of(row[self._column], column=self._column, where=self._label)
 
 
-def open_documents(source: SourceConfig) -> Documents:
-    """A map-style source.
+def open_documents(source: SourceConfig, *, skip_corrupt: bool = False) -> Documents:
+    """A map-style source; ``skip_corrupt`` leaves out what comes after the damage in a local file.
 
     Raises:
         DataError: missing, unreadable, without the text column, or empty.
@@ -82,15 +95,16 @@ def open_documents(source: SourceConfig) -> Documents:
         files = local_files(source.path)
         if sum(file.stat().st_size for file in files) > _LARGE_BYTES:
             _logger.warning("data.path=%s is read whole into memory by every rank; data.streaming=true reads it on the way", source.path)
-        documents = _all_documents(files, source.text_column)
+        documents = [text for file in files for text in _documents_in(file, source.text_column, skip_corrupt)]
     else:
         documents = list(python_docs())
     if not len(documents):
-        raise DataError(f"{source.label} holds no documents")
+        told = ", or none that can be read" if skip_corrupt else ""
+        raise DataError(f"{source.label} holds no documents{told}")
     return documents
 
 
-def open_rows(source: SourceConfig, *, buffer: int) -> RowStream:
+def open_rows(source: SourceConfig, *, buffer: int, skip_corrupt: bool = False) -> RowStream:
     """A streaming source: a Hugging Face dataset, or local files read on the way.
 
     Raises:
@@ -101,7 +115,9 @@ def open_rows(source: SourceConfig, *, buffer: int) -> RowStream:
         if dataset.column_names is not None:
             _require_column(dataset.column_names, source)
     else:
-        arguments = {"files": [str(file) for file in local_files(source.path)], "column": source.text_column} if source.path is not None else {}
+        arguments: dict[str, Any] = {}
+        if source.path is not None:
+            arguments = {"files": [str(file) for file in local_files(source.path)], "column": source.text_column, "skip_corrupt": skip_corrupt}
         generator = _file_rows if source.path is not None else _builtin_rows
         dataset, column = _datasets(source).IterableDataset.from_generator(generator, gen_kwargs=arguments or None), "text"
     return RowStream(dataset, column=column, buffer=buffer, label=source.label)
@@ -167,13 +183,24 @@ def _hash_files(digest: Any, files: Sequence[Path], root: Path) -> None:
                 digest.update(block)
 
 
-def _all_documents(files: Sequence[Path], column: str) -> list[str]:
-    return [text for file in files for text in read_documents(file, text_column=column)]
+def _documents_in(file: Path, column: str, skip_corrupt: bool) -> Iterator[str]:
+    """The documents of a file; of a damaged one, if wanted, those before the damage, with a line that says so once."""
+    number = 0
+    try:
+        for text in read_documents(file, text_column=column):
+            yield text
+            number += 1
+    except DamagedFileError as error:
+        if not skip_corrupt:
+            raise
+        if file not in _SKIPPED:
+            _SKIPPED.add(file)
+            _logger.warning("%s; read were %d documents before it, the rest is skipped (damaged files so far: %d)", error, number, len(_SKIPPED))
 
 
-def _file_rows(files: list[str], column: str) -> Iterator[dict[str, str]]:
+def _file_rows(files: list[str], column: str, skip_corrupt: bool) -> Iterator[dict[str, str]]:
     for file in files:
-        for text in read_documents(Path(file), text_column=column):
+        for text in _documents_in(Path(file), column, skip_corrupt):
             yield {"text": text}
 
 

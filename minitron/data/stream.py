@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
+from minitron.data.ahead import Workers
 from minitron.data.sources import Documents, RowStream, split_of
-from minitron.errors import CheckpointError, DataError
+from minitron.errors import CheckpointError, DataError, MinitronError
 
 Tokenize = Callable[[list[str]], list[np.ndarray]]
+Result = TypeVar("Result")
 
 _BATCH_DOCUMENTS = 32
 _CACHED_TOKENS = 64 << 20  # 256 MiB a feed; beyond it documents are tokenised again each epoch
@@ -42,9 +44,9 @@ class Feed(Protocol):
 class MapFeed:
     """Documents by number, permuted anew in each epoch, tokenised once while they fit in the cache."""
 
-    def __init__(self, documents: Documents, numbers: np.ndarray, *, tokenize: Tokenize, label: str) -> None:
+    def __init__(self, documents: Documents, numbers: np.ndarray, *, tokenize: Tokenize, label: str, workers: Workers | None = None) -> None:
         self.label = label
-        self._documents, self._numbers, self._tokenize = documents, numbers, tokenize
+        self._documents, self._numbers, self._tokenize, self._workers = documents, numbers, tokenize, workers or Workers(0)
         self._cache: dict[int, np.ndarray] = {}
         self._cached_tokens = 0
 
@@ -53,31 +55,52 @@ class MapFeed:
         order = self._numbers
         if seed is not None:
             order = order[np.argsort(mix(np.arange(len(order)), seed=seed, salt=epoch), kind="stable")]
-        for first in range(start, len(order), _BATCH_DOCUMENTS):
-            numbers = [int(number) for number in order[first : first + _BATCH_DOCUMENTS]]
-            yield from enumerate(self._tokens(numbers), first)
+        batches = (order[first : first + _BATCH_DOCUMENTS].tolist() for first in range(start, len(order), _BATCH_DOCUMENTS))
+        position = start
+        for known in self._workers.map(self._tokens, batches):
+            for number, tokens in known:
+                if number not in self._cache and self._cached_tokens + len(tokens) <= _CACHED_TOKENS:
+                    self._cache[number] = tokens
+                    self._cached_tokens += len(tokens)
+                yield position, tokens
+                position += 1
 
     def num_tokens(self) -> int:
         """Tokens of one epoch."""
         return sum(len(tokens) for _, tokens in self.read(epoch=0, start=0, seed=None))
 
-    def _tokens(self, numbers: list[int]) -> list[np.ndarray]:
+    def _tokens(self, numbers: list[int]) -> list[tuple[int, np.ndarray]]:
+        """Some documents' tokens; it only reads the cache, so threads may call it."""
         known = {number: self._cache[number] for number in numbers if number in self._cache}
         missing = [number for number in numbers if number not in known]
         if missing:
-            for number, tokens in zip(missing, self._tokenize([self._documents[number] for number in missing]), strict=True):
-                known[number] = tokens
-                if self._cached_tokens + len(tokens) <= _CACHED_TOKENS:
-                    self._cache[number] = tokens
-                    self._cached_tokens += len(tokens)
-        return [known[number] for number in numbers]
+            texts = _named(lambda: [self._documents[number] for number in missing], f"{self.label} cannot be read")
+            known |= dict(zip(missing, _named(lambda: self._tokenize(texts), f"{self.label} cannot be tokenised"), strict=True))
+        return [(number, known[number]) for number in numbers]
+
+
+def _named(work: Callable[[], Result], what: str) -> Result:
+    """What the work gives; its failure as one sentence that names the source.
+
+    Raises:
+        DataError: it failed.
+    """
+    try:
+        return work()
+    except MinitronError:
+        raise
+    except Exception as error:  # readers and tokenisers raise whatever they like
+        told = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+        raise DataError(f"{what}: {type(error).__name__}: {told}") from error
 
 
 class RowFeed:
     """Rows of a streaming source that fall into one split by the hash of their text."""
 
-    def __init__(self, rows: RowStream, *, split: str, validation_fraction: float, tokenize: Tokenize, label: str) -> None:
-        self.label = label
+    def __init__(
+        self, rows: RowStream, *, split: str, validation_fraction: float, tokenize: Tokenize, label: str, workers: Workers | None = None
+    ) -> None:
+        self.label, self._workers = label, workers or Workers(0)
         self._rows, self._split, self._fraction, self._tokenize = rows, split, validation_fraction, tokenize
 
     def read(self, *, epoch: int, start: int, seed: int | None) -> Iterator[tuple[int, np.ndarray]]:
@@ -88,9 +111,13 @@ class RowFeed:
             for position, text in self._rows.rows(start=start, shuffle_seed=shuffle_seed)
             if text and not text.isspace() and split_of(text, self._fraction) == self._split
         )
-        while batch := list(islice(rows, _BATCH_DOCUMENTS)):
-            tokens = self._tokenize([text for _, text in batch])
-            yield from zip((position for position, _ in batch), tokens, strict=True)
+        batches = iter(lambda: list(islice(rows, _BATCH_DOCUMENTS)), [])
+        for positions, tokens in self._workers.map(self._tokens, batches):
+            yield from zip(positions, tokens, strict=True)
+
+    def _tokens(self, batch: list[tuple[int, str]]) -> tuple[list[int], list[np.ndarray]]:
+        tokens = _named(lambda: self._tokenize([text for _, text in batch]), f"{self.label} cannot be tokenised")
+        return [position for position, _ in batch], tokens
 
 
 class _Packer:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from minitron.data.ahead import Workers
 from minitron.data.config import DataConfig, SourceConfig, source_configs
 from minitron.data.sources import SPLITS, open_documents, open_rows, source_fingerprint, split_documents
 from minitron.data.stream import Feed, MapFeed, RowFeed, SequenceStream, Tokenize
@@ -92,13 +93,21 @@ def open_text(config: DataConfig, tokenizer: Any, *, seed: int, later: Blends = 
         DataError: a source is missing, unreadable or empty.
     """
     sources, blends = united([source_configs(config), *later])
-    tokenize = _tokenize_with(tokenizer)
+    tokenize, workers = _tokenize_with(tokenizer), Workers(config.num_workers)
+    if config.num_workers:
+        tokenize(["a"])  # settings that a tokeniser changes at its first call must not be changed by several threads at once
     feeds: dict[str, list[Feed]] = {split: [] for split in SPLITS}
     for source in sources:
-        for split, feed in _open_source(source, config, tokenize).items():
+        for split, feed in _open_source(source, config, tokenize, workers).items():
             feeds[split].append(feed)
     label = " + ".join(source.label for source, weight in zip(sources, blends[0], strict=True) if weight)
     return Text(config, feeds, blends=blends, label=label, seed=seed)
+
+
+def separator_of(tokenizer: Any) -> int | None:
+    """The token that closes each document: the end-of-text token, else the start-of-text token, else None."""
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    return eos if eos is not None else bos  # type: ignore[no-any-return]
 
 
 def united(blends: Sequence[Sequence[SourceConfig]]) -> tuple[list[SourceConfig], list[list[float]]]:
@@ -139,21 +148,21 @@ def _blend_parts(sources: Sequence[SourceConfig]) -> list[Any]:
     return parts
 
 
-def _open_source(source: SourceConfig, config: DataConfig, tokenize: Tokenize) -> dict[str, Feed]:
-    fraction = config.validation_fraction
+def _open_source(source: SourceConfig, config: DataConfig, tokenize: Tokenize, workers: Workers) -> dict[str, Feed]:
+    fraction, skip = config.validation_fraction, config.skip_corrupt
+    more: dict[str, Any] = {"tokenize": tokenize, "workers": workers}
     labels = {split: f"the {split} text of {source.label}" for split in SPLITS}
     if source.streaming:
-        rows = open_rows(source, buffer=config.shuffle_buffer)
-        return {split: RowFeed(rows, split=split, validation_fraction=fraction, tokenize=tokenize, label=label) for split, label in labels.items()}
-    documents = open_documents(source)
+        rows = open_rows(source, buffer=config.shuffle_buffer, skip_corrupt=skip)
+        return {split: RowFeed(rows, split=split, validation_fraction=fraction, label=label, **more) for split, label in labels.items()}
+    documents = open_documents(source, skip_corrupt=skip)
     numbers = split_documents(documents, validation_fraction=fraction)
-    return {split: MapFeed(documents, numbers[split], tokenize=tokenize, label=label) for split, label in labels.items()}
+    return {split: MapFeed(documents, numbers[split], label=label, **more) for split, label in labels.items()}
 
 
 def _tokenize_with(tokenizer: Any) -> Tokenize:
-    """Texts to token arrays, each closed by the end-of-text token (else the start-of-text token, else nothing)."""
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    separator = eos if eos is not None else bos
+    """Texts to token arrays, each closed by the separator, where there is one."""
+    separator = separator_of(tokenizer)
     tail = [] if separator is None else [separator]
 
     def tokenize(texts: list[str]) -> list[np.ndarray]:

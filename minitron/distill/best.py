@@ -33,8 +33,8 @@ def write_shared_weights(folder: Path, weights: Iterator[tuple[str, torch.Tensor
             write_weights(folder, weights)
         except CheckpointError as error:
             failure = str(error)
-    for _ in weights:  # all of them on other ranks, the rest after a failure
-        pass
+    for weight in weights:  # all of them on other ranks, the rest after a failure
+        del weight  # or it would stay while the next one is gathered
     if dist.any_rank(bool(failure)):
         raise CheckpointError(failure or f"weights cannot be written to {folder}: another rank failed")
 

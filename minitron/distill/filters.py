@@ -23,6 +23,7 @@ from minitron.distill.losses.state import only_valid
 from minitron.distill.losses.task_aware_filters import TaskAwareFilters
 from minitron.distill.on_policy import ResumableBatches
 from minitron.distill.pair import TeacherStudent
+from minitron.distill.teacher import TeacherSignal
 from minitron.errors import Interrupted
 from minitron.log import get_logger
 from minitron.models.head import head_parameters
@@ -67,7 +68,7 @@ def train_filters(filters: TaskAwareFilters, pair: TeacherStudent, engine: Engin
     Raises:
         Interrupted: a signal asked for a stop; this stage will start over.
     """
-    assert pair.teacher is not None and pair.module is not None and pair.module.states is not None
+    assert isinstance(pair.teacher, TeacherSignal) and pair.module is not None and pair.module.states is not None
     config, student, transform = filters.config, pair.module.student, pair.module.head().transform
 
     @contextmanager

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
-from minitron.checkpoint import Checkpointer, random_state
-from minitron.core.protocols import Engine, Tracker
+from minitron.core.protocols import Tracker
 from minitron.distill.best import BestWeights
 from minitron.distill.loop import Hook, StepReport
 from minitron.distill.pair import TeacherStudent
+from minitron.distill.resume import TrainingState
 from minitron.distill.validation import validate
 from minitron.log import Progress
 
@@ -43,27 +42,14 @@ def validation_hook(
     return hook
 
 
-def checkpoint_hook(
-    engine: Engine,
-    pair: TeacherStudent,
-    data_state: Callable[[], dict[str, Any]],
-    checkpointer: Checkpointer,
-    best: BestWeights | None,
-    stop: Callable[[], bool],
-    *,
-    every: int,
-    num_steps: int,
-) -> Hook:
-    """A checkpoint every few steps, and one at once when a stop is asked for."""
+def checkpoint_hook(state: TrainingState, stop: Callable[[], bool], *, every: int, num_steps: int, wait: bool) -> Hook:
+    """A checkpoint every few steps, written while training goes on unless told to ``wait``; one at once when a stop is asked for."""
 
     def hook(report: StepReport) -> bool:
+        state.poll()
         stopping = stop() and report.step < num_steps
         if stopping or (every > 0 and report.step % every == 0 and report.step < num_steps):
-            state = {**engine.state_dict(), **pair.state_dict(), **random_state()}
-            kept = {"best": best.state_dict()} if best is not None else {}
-            checkpointer.save(report.step, state, {"tokens": report.tokens, "data": data_state(), "engine": engine.name, **kept})
-            if best is not None:
-                best.drop_old()
+            state.save(report.step, report.tokens, wait=wait or stopping)
         return stopping
 
     return hook

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,7 +32,7 @@ class Progress:
 
 @dataclass
 class StepReport:
-    """One finished optimiser step. Tensors stay on the device until someone reads them."""
+    """One finished optimiser step; ``data_seconds`` went by before its batch was there. Tensors stay on the device until someone reads them."""
 
     step: int
     tokens: int
@@ -40,17 +40,25 @@ class StepReport:
     gradient_norm: torch.Tensor
     seconds: float
     step_tokens: int
+    data_seconds: float = 0.0
     terms: dict[str, torch.Tensor] = field(default_factory=dict)
     values: dict[str, torch.Tensor] = field(default_factory=dict)  # what hooks add, 0-d and equal on every rank
+    _metrics: dict[str, float] | None = field(default=None, repr=False)
 
     def read(self) -> dict[str, float]:
-        """The metrics as numbers, terms summed over ranks: one collective and one host synchronisation."""
+        """The metrics as numbers, terms summed over ranks: one collective and one host synchronisation, at the first call."""
+        if self._metrics is None:
+            self._metrics = self._read()
+        return self._metrics
+
+    def _read(self) -> dict[str, float]:
         names = list(self.terms)
         stacked = dist.all_reduce_sum(torch.stack([self.terms[name].detach().float() for name in names]))
         values: dict[str, Any] = dict(zip(names, stacked.tolist(), strict=True))
         values |= {name: float(value) for name, value in self.values.items()}
         values |= {"learning_rate": self.learning_rate, "gradient_norm": float(self.gradient_norm)}
-        return {"tokens": self.tokens, **values, "tokens_per_second": self.step_tokens / max(self.seconds, 1e-9)}
+        rate = self.step_tokens / max(self.seconds, 1e-9)
+        return {"tokens": self.tokens, **values, "tokens_per_second": rate, "data_seconds": self.data_seconds}
 
 
 #: Called after every optimiser step on every rank; a true answer stops training.
@@ -74,9 +82,29 @@ def train(
     hooks: list[Hook],
 ) -> Progress:
     """Train from ``progress`` to ``num_steps`` optimiser steps, or until a hook says stop."""
+    for _ in train_steps(pair, engine, batches, learning_rate=learning_rate, num_steps=num_steps, progress=progress, hooks=hooks):
+        pass
+    return progress
+
+
+def train_steps(
+    pair: TeacherStudent,
+    engine: Engine,
+    batches: Batches,
+    *,
+    learning_rate: Callable[[int], float],
+    num_steps: int,
+    progress: Progress,
+    hooks: list[Hook],
+) -> Iterator[StepReport | None]:
+    """The same for someone else to advance: halts with None between the micro-batches of a step, and with its report after a step's hooks.
+
+    Students that are advanced in turn are at the same micro-batch, so that one teacher forward serves them all.
+    """
     while progress.step < num_steps:
         started = time.perf_counter()
         micro_batches = batches.next()
+        data_seconds = time.perf_counter() - started
         step_tokens = count_tokens(micro_batches)
         denominator = torch.tensor(float(max(step_tokens, 1)), device=dist.device())
 
@@ -86,12 +114,16 @@ def train(
             engine.backward(terms["loss"], boundary=index == len(micro_batches) - 1)
             for name, value in terms.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+            if index < len(micro_batches) - 1:
+                yield None
 
         rate = learning_rate(progress.step)
         gradient_norm = engine.step(rate)
         progress.step += 1
         progress.tokens += step_tokens
-        report = StepReport(progress.step, progress.tokens, rate, gradient_norm, time.perf_counter() - started, step_tokens, sums)
-        if any([hook(report) for hook in hooks]):  # every hook runs, then one may stop
+        seconds = time.perf_counter() - started
+        report = StepReport(progress.step, progress.tokens, rate, gradient_norm, seconds, step_tokens, data_seconds, sums)
+        stopped = any([hook(report) for hook in hooks])  # every hook runs, then one may stop
+        yield report
+        if stopped:
             break
-    return progress

@@ -1,21 +1,26 @@
-"""The mathematics of one batch: a frozen teacher's signal, a trainable student, weighted loss terms."""
+"""The mathematics of one batch: what a frozen teacher says, a trainable student, weighted loss terms."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import nn
 
 from minitron import dist
+from minitron.core.sparse import SparseTargets
 from minitron.distill.alpha import DynamicWeight
-from minitron.distill.losses import LossConfig, build_losses
+from minitron.distill.losses import LossConfig, build_losses, sparse_losses, told_by
+from minitron.distill.signal import Said, Signal
 from minitron.distill.states import StateLosses
 from minitron.distill.teacher import TeacherSignal
-from minitron.models.head import decoder_of, head_of, head_parameters
+from minitron.models.head import head_of, head_parameters
+from minitron.models.packing import hidden_states
 from minitron.models.states import captured, find_spots
 from minitron.ops.agreement import AGREEMENT
+from minitron.ops.documents import document_starts
 from minitron.ops.head import Head
 from minitron.ops.kd_loss import IGNORE_INDEX, WeightedRowLoss, fused_linear_losses
 
@@ -28,15 +33,25 @@ _PREFIX = "losses/"
 class StudentLosses(nn.Module):
     """The root that an engine wraps: the student and its losses, so that sharded weights are whole where the loss needs them."""
 
-    def __init__(self, student: nn.Module, config: LossConfig, *, compute_dtype: torch.dtype, states: StateLosses | None = None) -> None:
-        """``states`` are the losses on intermediate states that ``config`` asks for, whose parameters are trained too."""
+    def __init__(
+        self,
+        student: nn.Module,
+        config: LossConfig,
+        *,
+        compute_dtype: torch.dtype,
+        states: StateLosses | None = None,
+        separator: int | None = None,
+        sparse: str | None = None,
+    ) -> None:
+        """``states`` are the losses on intermediate states that ``config`` asks for, whose parameters are trained too; documents of a row that
+        end with a ``separator`` do not see each other; ``sparse`` is the kind of targets that stand for the teacher's logits, if any do."""
         super().__init__()
-        self.student = student
+        self.student, self.separator = student, separator
         self.states = states
         self._spots = find_spots(student, states.student_taps) if states is not None else {}
         self.temperature = config.temperature
-        self.losses = build_losses(config)
-        self.validation_losses = [*build_losses(LossConfig(terms=_VALIDATION)), AGREEMENT]
+        self.losses = build_losses(config) if sparse is None else sparse_losses(build_losses(config), sparse)
+        self.validation_losses = _validation_losses(sparse)
         self._head_transform = head_of(student).transform
         self.compute_dtype = compute_dtype
 
@@ -62,6 +77,7 @@ class StudentLosses(nn.Module):
         alpha: torch.Tensor | None = None,
         states_only: bool = False,
         others: Sequence[tuple[float, torch.Tensor, Head]] = (),
+        teacher_sparse: SparseTargets | None = None,
     ) -> dict[str, torch.Tensor]:
         """Loss terms of one micro-batch, each summed over its valid tokens and divided by ``denominator``.
 
@@ -70,6 +86,7 @@ class StudentLosses(nn.Module):
             denominator: 0-d, valid tokens of the whole optimiser step.
             teacher_hidden: [batch, sequence, teacher hidden].
             teacher_head: the teacher's, its tensors whole.
+            teacher_sparse: of batch · sequence rows, in place of hidden states and head.
             weights: [batch, sequence] or [losses, batch, sequence], for the loss of every token; losses on states take the first form.
             validate: measure what validation measures, and no intermediate states.
             teacher_states: those that ``states.teacher_taps`` names, each [batch, sequence, width].
@@ -84,19 +101,21 @@ class StudentLosses(nn.Module):
         """
         losses = self.losses
         if validate:
-            losses = [loss for loss in self.validation_losses if teacher_hidden is not None or not loss.function.needs_teacher]
+            told = teacher_hidden is not None or teacher_sparse is not None
+            losses = [loss for loss in self.validation_losses if told or not loss.function.needs_teacher]
         with captured(self.student, {} if validate else self._spots) as states:
-            hidden = decoder_of(self.student)(input_ids=input_ids, use_cache=False).last_hidden_state
+            hidden = hidden_states(self.student, input_ids, separator=self.separator)
         if states_only:
             return {str(number): states[tap] for number, tap in enumerate(self._spots)}
         teachers = [(1.0, teacher_hidden, teacher_head), *others]
-        temperature = 1.0 if validate else self.temperature
-        total, values = self._losses_on_logits(hidden, labels, losses, teachers, denominator=denominator, weights=weights, temperature=temperature)
+        options: dict[str, Any] = {"denominator": denominator, "weights": weights, "temperature": 1.0 if validate else self.temperature}
+        total, values = self._losses_on_logits(hidden, labels, losses, teachers, sparse=teacher_sparse, **options)
         terms = {loss.name: values[i] for i, loss in enumerate(losses)}
         if self.states is not None and not validate:
             valid = labels != IGNORE_INDEX
             scale = (weights if weights is not None and weights.ndim == 2 else valid.float()) / denominator
-            on_states, state_terms = self.states(teacher_states, [states[tap] for tap in self._spots], valid, scale, alpha)
+            documents = document_starts(input_ids, self.separator) if self.separator is not None else None
+            on_states, state_terms = self.states(teacher_states, [states[tap] for tap in self._spots], valid, scale, alpha, documents)
             total, terms = total + on_states, terms | state_terms
         return {"loss": total, **terms}
 
@@ -110,11 +129,14 @@ class StudentLosses(nn.Module):
         denominator: torch.Tensor,
         weights: torch.Tensor | None,
         temperature: float,
+        sparse: SparseTargets | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Total and terms: the weighted mean over ``teachers``, each of a weight, hidden states and head."""
         head = self.head()
         # One tokenizer, padded differently: the padding rows of the larger vocabularies play no part.
         vocab = min([head.num_tokens, *(theirs.num_tokens for _, _, theirs in teachers if theirs is not None)])
+        if sparse is not None:
+            vocab = min(vocab, sparse.num_tokens)
         parts = [
             fused_linear_losses(
                 hidden.flatten(0, 1),
@@ -124,6 +146,7 @@ class StudentLosses(nn.Module):
                 denominator=denominator,
                 teacher_hidden=None if states is None else states.flatten(0, 1),
                 teacher_head=None if theirs is None else theirs.first(vocab),
+                teacher_sparse=sparse,
                 token_weights=None if weights is None else weights.flatten(-2),
                 temperature=temperature,
                 compute_dtype=self.compute_dtype,
@@ -131,6 +154,12 @@ class StudentLosses(nn.Module):
             for _, states, theirs in teachers
         ]
         return weighted_mean(parts, [weight for weight, _, _ in teachers])
+
+
+def _validation_losses(sparse: str | None) -> list[WeightedRowLoss]:
+    """What validation measures with the teacher's logits, or as much of it as sparse targets tell."""
+    losses = [*build_losses(LossConfig(terms=_VALIDATION)), AGREEMENT]
+    return losses if sparse is None else sparse_losses([loss for loss in losses if told_by(loss.function, sparse)], sparse)
 
 
 def weighted_mean(parts: Sequence[tuple[torch.Tensor, torch.Tensor]], weights: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,7 +182,7 @@ class TeacherStudent:
     def __init__(
         self,
         root: Callable[..., dict[str, torch.Tensor]],
-        teacher: TeacherSignal | None,
+        teacher: Signal | None,
         *,
         module: StudentLosses | None = None,
         alpha: DynamicWeight | None = None,
@@ -165,7 +194,7 @@ class TeacherStudent:
     def losses(self, batch: dict[str, torch.Tensor], denominator: torch.Tensor, *, validate: bool = False) -> dict[str, torch.Tensor]:
         """Loss terms of one micro-batch of CPU tensors."""
         device = dist.device()
-        hidden, *states = self.teacher.states(batch["input_ids"]) if self.teacher is not None else (None,)
+        said = self.teacher.says(batch["input_ids"]) if self.teacher is not None else Said()
         alpha = None
         if self.alpha is not None:  # unknown in the pass that finds the first one
             alpha = self.alpha.value if self.alpha.value is not None else torch.ones((), device=device)
@@ -176,20 +205,21 @@ class TeacherStudent:
                 batch["input_ids"].to(device, non_blocking=True),
                 batch["labels"].to(device, non_blocking=True),
                 denominator,
-                teacher_hidden=hidden,
+                teacher_hidden=said.hidden,
                 teacher_head=head,
                 weights=batch["weights"].to(device, non_blocking=True) if "weights" in batch else None,
                 validate=validate,
-                teacher_states=states,
+                teacher_states=said.states,
                 alpha=alpha,
                 others=[(weight, theirs, held.enter_context(signal.head())) for weight, signal, theirs in others],
+                teacher_sparse=said.sparse,
             )
 
     @torch.no_grad()
     def states(self, batch: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Intermediate states of teacher and student for one micro-batch of CPU tensors, each [batch, sequence, width]."""
         assert self.teacher is not None
-        _, *theirs = self.teacher.states(batch["input_ids"])
+        theirs = list(self.teacher.says(batch["input_ids"]).states)
         ids, labels = (batch[name].to(dist.device()) for name in ("input_ids", "labels"))
         return theirs, list(self._root(ids, labels, torch.ones((), device=ids.device), states_only=True).values())
 

@@ -13,6 +13,7 @@ from minitron.engine import OptimizerConfig
 from minitron.errors import ConfigError, nearest
 
 RESULTS = ("last", "best")
+ON_SPIKE = ("warn", "go_back")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,14 @@ class TrainingConfig:
     num_validation_sequences: int = option(16, "held-out sequences of each validation", recorded=True)
     checkpoint_every: int = option(100, "steps between checkpoints; 0: none", recorded=True)
     keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep", recorded=True)
+    keep_every: int = option(0, "steps between checkpoints that are kept for good; 0: none are", recorded=True)
+    max_skipped_steps: int = option(
+        10, "steps in a row whose gradients are not finite, and which change nothing, before training goes back to a checkpoint once", recorded=True
+    )
+    spike_deviations: float = option(
+        10.0, "robust standard deviations above the last 64 losses that make a loss a spike; 0: nobody looks", recorded=True
+    )
+    on_spike: str = option("warn", "warn, or go_back: to the last checkpoint, and on behind the data at fault, once")
     keep_best: bool = option(
         False, "keep the weights of the best validation (by the divergence from a teacher, else by loss) in best/", recorded=True
     )
@@ -74,6 +83,13 @@ class TrainingConfig:
             raise ConfigError(f"training.decay_fraction={self.decay_fraction} is not a share: give a number from 0 to 1")
         if self.result not in RESULTS:
             raise ConfigError(f"training.result={self.result} is not one of {', '.join(RESULTS)}")
+        if self.on_spike not in ON_SPIKE:
+            raise ConfigError(f"training.on_spike={self.on_spike} is not one of {', '.join(ON_SPIKE)}")
+        for name in ("keep_every", "max_skipped_steps", "spike_deviations"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"training.{name}={getattr(self, name)} must be 0 or more")
+        if self.keep_every and (not self.checkpoint_every or self.keep_every % self.checkpoint_every):
+            raise ConfigError(f"training.keep_every={self.keep_every} is no multiple of training.checkpoint_every={self.checkpoint_every}")
         check_phases(self.phases or ())
         if self.precision not in ("auto", "float32", "bf16"):
             raise ConfigError(f"training.precision={self.precision} is not one of auto, float32, bf16")

@@ -82,6 +82,7 @@ class StateLosses(nn.Module):
         valid: torch.Tensor,
         scale: torch.Tensor,
         alpha: torch.Tensor | None,
+        documents: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The weighted sum (differentiable, 0-d float32) and the terms themselves (detached).
 
@@ -90,6 +91,7 @@ class StateLosses(nn.Module):
             valid: [batch, sequence], False for masked tokens.
             scale: [batch, sequence], what a token's loss counts: 1 / valid tokens of the whole optimiser step.
             alpha: 0-d, the dynamic weight.
+            documents: [batch, sequence], equal within a document, where several share a row.
         """
         total = torch.zeros((), device=valid.device)
         terms: dict[str, torch.Tensor] = {}
@@ -97,7 +99,8 @@ class StateLosses(nn.Module):
             for name, weight in self.weights.items():
                 theirs, ours = self._reads[name]
                 member: Any = self.members[name]
-                value = member([teacher[i].detach() for i in theirs], [student[i] for i in ours], valid, scale)
+                more = {"documents": documents} if getattr(member, "relates_tokens", False) else {}
+                value = member([teacher[i].detach() for i in theirs], [student[i] for i in ours], valid, scale, **more)
                 terms[name] = value.detach()
                 if weight is None:
                     assert alpha is not None

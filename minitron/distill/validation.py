@@ -6,17 +6,26 @@ import torch
 
 from minitron import dist
 from minitron.distill.pair import TeacherStudent
+from minitron.ops.documents import next_token_labels
 from minitron.ops.kd_loss import IGNORE_INDEX
 
 #: Validation term → metric.
-_METRICS = {"cross_entropy": "validation_loss", "forward_kl": "validation_kl", "agreement": "validation_agreement"}
+_METRICS = {
+    "cross_entropy": "validation_loss",
+    "forward_kl": "validation_kl",
+    "forward_kl_top_k": "validation_kl_top_k",
+    "forward_kl_samples": "validation_kl_samples",
+    "agreement": "validation_agreement",
+}
 
 
-def validation_batches(sequences: torch.Tensor, *, micro_batch_size: int) -> list[dict[str, torch.Tensor]]:
-    """This rank's micro-batches of held-out sequences [num, length]; every rank gets equally many, inert ones fill up."""
+def validation_batches(sequences: torch.Tensor, *, micro_batch_size: int, separator: int | None = None) -> list[dict[str, torch.Tensor]]:
+    """This rank's micro-batches of held-out sequences [num, length]; every rank gets equally many, inert ones fill up.
+
+    With a ``separator`` nothing is predicted where a document ends.
+    """
     world, rank = dist.world_size(), dist.rank()
-    labels = torch.full_like(sequences, IGNORE_INDEX)
-    labels[:, :-1] = sequences[:, 1:]
+    labels = next_token_labels(sequences, separator)
     missing = -len(sequences) % world
     if missing:
         sequences = torch.cat([sequences, sequences[:1].expand(missing, -1)])

@@ -16,11 +16,15 @@ import torch
 from torch import nn
 
 from minitron import dist
-from minitron.engine.offload import offload_blocks
-from minitron.engine.optimizer import set_learning_rate
+from minitron.core.share import Share
+from minitron.engine.compiling import compile_blocks
+from minitron.engine.frozen import gathered, place_frozen
+from minitron.engine.lazy import LazyWeights, parts_of
+from minitron.engine.optimizer import set_learning_rate, skip_if
 from minitron.engine.optimizers import OptimizerConfig, build_optimizer
+from minitron.engine.shares import Piece, flat_shares, pack_flat, shares_of, unpack_flat, zero_pieces
 from minitron.engine.state import full_tensors, pack, unpack
-from minitron.errors import CheckpointError, ConfigError
+from minitron.errors import ConfigError
 from minitron.log import get_logger
 
 if TYPE_CHECKING:
@@ -45,29 +49,35 @@ class DeepSpeedEngine:
             )
         self.compute_dtype = compute_dtype
         self._optimizer_config = optimizer
-        self._stage = config.zero_stage
+        self._config, self._stage = config, config.zero_stage
         self._deepspeed = _import_deepspeed()
         dist.init_single()
 
     def prepare(self, root: nn.Module, *, blocks: list[nn.Module]) -> Callable[..., dict[str, torch.Tensor]]:
-        """Hand the root to DeepSpeed, which shards parameter by parameter and needs no blocks."""
+        """Hand the root to DeepSpeed, which shards parameter by parameter; weights that still lie in files are read block by block."""
         self._root = root.float()
+        self._num_parameters = sum(parameter.numel() for parameter in root.parameters())
+        if self._config.compile:
+            compile_blocks(blocks)
         bf16 = self.compute_dtype == torch.bfloat16
-        originals = {name: p.data for name, p in root.named_parameters()} if bf16 else {}
+        originals = {name: p.data for name, p in root.named_parameters() if not p.is_meta} if bf16 else {}
+        weights = LazyWeights(root)
+        if weights:
+            self._read(weights, blocks)
         optimizer = build_optimizer(root, self._optimizer_config)
-        self._engine = self._initialize(root, stage=self._stage, dtype=self.compute_dtype, optimizer=optimizer)
+        self._engine = self._initialize(root, optimizer=optimizer)
         self._base_optimizer = optimizer
-        self._set_masters(originals)
+        if bf16:
+            self._set_masters(originals, weights)
+        weights.close()
         return self._engine  # type: ignore[no-any-return]
 
     def prepare_frozen(self, teacher: nn.Module, *, blocks: list[nn.Module], placement: str) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """``shard``: the teacher becomes a ZeRO-3 engine of its own, in its own dtype and without an optimiser."""
-        if placement == "offload":
-            return offload_blocks(teacher, blocks)
-        if placement == "shard":
-            dtype = next(teacher.parameters()).dtype
-            return self._initialize(teacher, stage=3, dtype=dtype, optimizer=None)  # type: ignore[no-any-return]
-        return teacher.to(dist.device())
+        """The teacher by its own placement, in its own dtype; a sharded one is FSDP2's and no business of DeepSpeed's."""
+        placed = place_frozen(teacher, blocks=blocks, placement=placement)
+        if self._config.compile:
+            compile_blocks(blocks)
+        return placed
 
     def backward(self, loss: torch.Tensor, *, boundary: bool) -> None:
         """Reduce at the boundary. DeepSpeed averages over ranks, so the loss is multiplied by their number."""
@@ -80,44 +90,34 @@ class DeepSpeedEngine:
         norm: Any = None
         if self._stage == 0:  # DeepSpeed clips here too, but keeps the norm to itself
             norm = nn.utils.get_total_norm([p.grad for p in self._root.parameters() if p.grad is not None])
+            skip_if(self._base_optimizer, ~torch.isfinite(norm))
         self._engine.step()
         if self._stage > 0:
             norm = float("nan") if getattr(self._engine.optimizer, "overflow", False) else self._engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=dist.device()).detach()
 
+    def blame(self) -> str:
+        """ZeRO keeps no norms of single parameters."""
+        return ""
+
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """This rank's flat masters and moments by group number; in stage 0, which shards nothing, weights and moments by name."""
+        """This rank's runs of numbers of every parameter and of its moments, which ZeRO keeps in flat tensors."""
         if self._stage == 0:
             return pack(self._root, self._base_optimizer)
-        state = {}
-        for number, master in enumerate(self._masters()):
-            state[f"optimizer/{number}/master"] = master.detach()
-            for key, value in self._base_optimizer.state.get(master, {}).items():
-                state[f"optimizer/{number}/{key}"] = value.detach() if torch.is_tensor(value) else torch.tensor(value)
-        return state
+        return pack_flat(self._pieces(), self._masters(), self._base_optimizer)
+
+    def shares(self) -> dict[str, Share]:
+        """Which numbers of every entry lie here."""
+        if self._stage == 0:
+            return shares_of(self._root, self._base_optimizer)
+        return flat_shares(self._pieces(), self._masters(), self._base_optimizer)
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Put masters and moments back, and the compute weights that follow from the masters.
-
-        Raises:
-            CheckpointError: a shard is missing or has another length, as after a change of ZeRO stage or number of ranks.
-        """
+        """Put masters and moments back, and the compute weights that follow from the masters."""
         if self._stage == 0:
             unpack(self._root, self._base_optimizer, state)
             return
-        for number, master in enumerate(self._masters()):
-            prefix = f"optimizer/{number}/"
-            entries = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-            saved = entries.pop("master", None)
-            if saved is None or saved.shape != master.shape:
-                found = "nothing" if saved is None else f"{saved.numel()} numbers"
-                raise CheckpointError(
-                    f"the checkpoint holds {found} for parameter group {number}, this run needs {master.numel()}: "
-                    "was it made on another number of ranks or with another engine.zero_stage?"
-                )
-            master.data.copy_(saved)
-            if entries:
-                self._base_optimizer.state[master] = {key: value.to(master.device, copy=True) for key, value in entries.items()}
+        unpack_flat(self._pieces(), self._masters(), self._base_optimizer, state)
         self._refresh_weights()
 
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -132,28 +132,50 @@ class DeepSpeedEngine:
 
     @contextmanager
     def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[list[torch.Tensor]]:
-        """Sharded parameters whole for the length of the context."""
+        """Parameters whole for the length of the context: the teacher's, which FSDP may have sharded, or the student's, which ZeRO-3 has."""
         held = list(parameters)
-        with self._deepspeed.zero.GatheredParameters(held):  # does nothing where no parameter is sharded
-            yield [p.detach() for p in held]
+        with self._deepspeed.zero.GatheredParameters([p for p in held if hasattr(p, "ds_id")]), gathered(held) as whole:
+            yield whole
 
-    def _initialize(self, module: nn.Module, *, stage: int, dtype: torch.dtype, optimizer: torch.optim.Optimizer | None) -> Any:
-        config = {
+    def _read(self, weights: LazyWeights, blocks: list[nn.Module]) -> None:
+        """Read what lies in files, in the compute dtype. In stage 3 one part after another is read by rank 0, sent to all and sharded."""
+        device = dist.device()
+        if self._stage < 3:
+            weights.fill(device=device, dtype=self.compute_dtype)
+            return
+        for parameter in self._root.parameters():
+            if not parameter.is_meta:
+                parameter.data = parameter.data.to(self.compute_dtype)
+        self._deepspeed.init_distributed()
+        for part in parts_of(self._root, blocks):
+            weights.fill(part, device=device, dtype=self.compute_dtype, read=dist.is_main())
+            self._deepspeed.zero.Init(module=part, config_dict_or_path=self._settings())
+        for buffer in self._root.buffers():
+            buffer.data = buffer.data.to(device)
+
+    def _settings(self) -> dict[str, Any]:
+        """DeepSpeed's configuration."""
+        memory = {"device": "cpu", "pin_memory": dist.device().type == "cuda"}
+        offload = {"offload_optimizer": memory} if self._config.offload != "none" else {}
+        if self._config.offload == "parameters":
+            offload["offload_param"] = memory
+        bucket = min(5 * 10**8, self._num_parameters)  # DeepSpeed's own size, of which stage 3 takes two gigabytes whatever the model
+        return {
             "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's own throughput lines, which are off
             "gradient_accumulation_steps": 1,  # the loop owns accumulation
             "gradient_clipping": self._optimizer_config.gradient_clipping,  # left out, DeepSpeed clips at 1.0
             "steps_per_print": 10**9,
             "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": dtype == torch.bfloat16},
-            "fp16": {"enabled": dtype == torch.float16},
+            "zero_force_ds_cpu_optimizer": False,  # its own CPU optimiser is compiled on first use; ours is fused too
+            "bf16": {"enabled": self.compute_dtype == torch.bfloat16},
             "data_types": {"grad_accum_dtype": "fp32"},  # sums over micro-batches and ranks lose bits in bf16
             "communication_data_type": "fp32",
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "zero_optimization": {"stage": self._stage, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": bucket, **offload},
         }
-        if optimizer is None:
-            del config["data_types"]
+
+    def _initialize(self, module: nn.Module, *, optimizer: torch.optim.Optimizer) -> Any:
         with redirect_stdout(io.StringIO()) as chatter:  # some of its optimisers print their memory use
-            engine = self._deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+            engine = self._deepspeed.initialize(model=module, optimizer=optimizer, config=self._settings())[0]
         logger.debug("DeepSpeed says: %s", chatter.getvalue())
         return engine
 
@@ -162,21 +184,24 @@ class DeepSpeedEngine:
         zero = self._engine.optimizer
         return list(next(getattr(zero, name) for name in _MASTERS if hasattr(zero, name)))
 
-    def _set_masters(self, originals: dict[str, torch.Tensor]) -> None:
-        """DeepSpeed makes masters out of weights it has rounded to bf16; put back what was rounded away."""
+    def _pieces(self) -> dict[str, Piece]:
+        return zero_pieces(self._root, self._engine.optimizer, stage=self._stage)
+
+    def _set_masters(self, originals: dict[str, torch.Tensor], weights: LazyWeights) -> None:
+        """DeepSpeed makes masters out of weights that are rounded to bf16; put back what was rounded away, from memory or from the files."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         for name, parameter in self._root.named_parameters():
-            if name not in originals:
-                continue
-            whole = originals.pop(name).to(dist.device())
+            known = originals.pop(name, None)
             if self._stage < 3:
-                safe_set_full_fp32_param(parameter, whole)
+                whole = known if known is not None else weights.read(name).float()
+                safe_set_full_fp32_param(parameter, whole.to(dist.device()))
                 continue
             # ZeRO-3's own setter of whole tensors fails where the ranks do not divide a parameter, which is then padded.
             size: int = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-            padded = nn.functional.pad(whole.flatten(), (0, size * dist.world_size() - whole.numel()))
-            safe_set_local_fp32_param(parameter, padded[dist.rank() * size : (dist.rank() + 1) * size])
+            first, last = dist.rank() * size, (dist.rank() + 1) * size
+            mine = known.flatten()[first:last] if known is not None else weights.read_flat(name, parameter.ds_shape, first, last)  # type: ignore[attr-defined]
+            safe_set_local_fp32_param(parameter, nn.functional.pad(mine.float(), (0, size - mine.numel())).to(dist.device()))
 
     @torch.no_grad()
     def _refresh_weights(self) -> None:

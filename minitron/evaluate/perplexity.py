@@ -11,7 +11,9 @@ from torch import nn
 from minitron import dist
 from minitron.core.options import option
 from minitron.log import Progress
-from minitron.models.head import decoder_of, head_of
+from minitron.models.head import head_of
+from minitron.models.packing import hidden_states
+from minitron.ops.documents import next_token_labels
 from minitron.ops.kd_loss import IGNORE_INDEX
 from minitron.ops.token_loss import token_losses
 
@@ -24,16 +26,19 @@ class EvaluateConfig:
     batch_size: int = option(4, "sequences per forward", recorded=True)
 
 
-def perplexity(model: nn.Module, sequences: torch.Tensor, *, batch_size: int, what: str, alone: bool = False) -> dict[str, float]:
+def perplexity(
+    model: nn.Module, sequences: torch.Tensor, *, batch_size: int, what: str, alone: bool = False, separator: int | None = None
+) -> dict[str, float]:
     """Loss and perplexity over ``sequences`` [num, length]; no ``[tokens, vocab]`` tensor is made.
 
-    Ranks share the work, unless one rank does it ``alone``.
+    Ranks share the work, unless one rank does it ``alone``. Documents that end with a ``separator`` do not see each other, and the first token
+    of one is predicted by nobody.
 
     Returns:
         ``loss`` (nats per token), ``perplexity``, ``num_tokens`` (predicted ones).
     """
     rank, world = (0, 1) if alone else (dist.rank(), dist.world_size())
-    decoder, head, device = decoder_of(model), head_of(model), dist.device()
+    head, device = head_of(model), dist.device()
     batches = sequences.split(batch_size)
     total = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, tokens
     bar = Progress(f"evaluate {what}", total=len(sequences), unit="sequence")
@@ -41,9 +46,8 @@ def perplexity(model: nn.Module, sequences: torch.Tensor, *, batch_size: int, wh
         for index, batch in enumerate(batches):
             if index % world == rank:
                 ids = batch.to(device)
-                labels = torch.full_like(ids, IGNORE_INDEX)
-                labels[:, :-1] = ids[:, 1:]
-                hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+                labels = next_token_labels(ids, separator)
+                hidden = hidden_states(model, ids, separator=separator)
                 losses = token_losses(hidden.flatten(0, 1), head, labels.flatten())
                 total += torch.stack([losses.double().sum(), (labels != IGNORE_INDEX).sum().double()])
             bar.advance(len(batch))

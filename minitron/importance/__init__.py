@@ -66,15 +66,13 @@ def check_placement(width: ImportanceConfig, depth: DepthConfig, placement: str)
     Raises:
         ConfigError: the first such metric.
     """
-    if placement == "replicate":
+    if placement in ("replicate", "cached"):  # a cache holds nothing to score by: the teacher runs, replicated
         return
     instead = f"which teacher.placement={placement} does not give: use teacher.placement=replicate"
     for option, metric in (("importance", build_width(width, seed=0)), ("depth", build_depth(depth, seed=0))):
         name = width.name if option == "importance" else depth.name
         if getattr(metric, "needs_gradients", False):
             raise ConfigError(f"{option}={name} needs gradients of whole weights, {instead}")
-        if placement == "shard" and hasattr(metric, "run"):
-            raise ConfigError(f"{option}={name} needs whole layers to run one by one, {instead}")
     if width.rounds > 1:
         raise ConfigError(f"importance.rounds={width.rounds} needs whole weights to mask units in, {instead}")
     if depth.selection == "laco":

@@ -40,7 +40,7 @@ class AccuracyPass:
         items = read_items(self.path, self.config.num_items)
         longest = getattr(subject.model.config, "max_position_embeddings", None)
         rows = encode(items, subject.tokenizer, longest=longest)
-        runner, head = BlockRunner(subject.model, subject.family), TokenLosses(subject.model)
+        runner, head = BlockRunner(subject.model, subject.family, subject.placed), TokenLosses(subject.model, subject.placed)
         device = next(subject.model.parameters()).device
         windows = [(start, start + size) for size in (1, *self.config.windows) for start in range(layers - size + 1)]
         losses = torch.zeros(1 + len(windows), len(rows), dtype=torch.float64, device=device)  # the whole model, then every window
@@ -49,8 +49,9 @@ class AccuracyPass:
             numbers, ids, counted = (part.to(device) for part in batch)
             with torch.no_grad():
                 opening, labels = runner.open(ids), labels_of(ids, counted)
-                for index, hidden in runner.without(opening, range(layers), windows, base=True):
-                    losses[index + 1].index_add_(0, numbers, head.rows(hidden, labels))
+                for indices, hidden in runner.without(opening, range(layers), windows, base=True):
+                    for index, rows_of in zip(indices, head.rows(hidden, labels), strict=True):
+                        losses[index + 1].index_add_(0, numbers, rows_of)
 
         total = walk.total("depth", batches_of(rows, subject.batch_size), step, {"losses": losses}, forwards=1 + len(windows) // 2)
         accuracy = accuracy_of(total["losses"], items)

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 
 from minitron.distill.losses import LossConfig, build_losses
-from minitron.importance.depth.blocks import padding_arguments
 from minitron.importance.depth.config import Batch, DepthConfig, Subject
 from minitron.importance.depth.losses import TokenLosses, labels_of
 from minitron.importance.depth.walk import Tensors, Walk
 from minitron.log import get_logger
-from minitron.models.head import decoder_of
+from minitron.models.packing import hidden_states
 from minitron.ops.kd_loss import IGNORE_INDEX, fused_linear_losses
 
 logger = get_logger(__name__)
@@ -62,16 +61,16 @@ class LayerTaylorPass:
         return {"layer": total["layer"]}
 
     def _step(self, subject: Subject, buffer: torch.Tensor) -> Any:
-        decoder, head = decoder_of(subject.model), TokenLosses(subject.model).head
+        model, separator, head = subject.model, subject.separator, TokenLosses(subject.model).head
         losses = build_losses(LossConfig(terms={"cross_entropy": 1.0}))
         one = torch.ones((), device=buffer.device)
 
         def step(batch: Batch) -> None:
             batch = batch.to(buffer.device)
-            labels = labels_of(batch.ids, batch.counted, batch.attended)
+            labels = labels_of(batch.ids, batch.counted, batch.attended, separator=separator)
             buffer[-1] += (labels != IGNORE_INDEX).sum()
             with torch.enable_grad():
-                hidden = decoder(input_ids=batch.ids, use_cache=False, **padding_arguments(batch.attended)).last_hidden_state[:, :-1].flatten(0, 1)
+                hidden = hidden_states(model, batch.ids, separator=separator, attended=batch.attended)[:, :-1].flatten(0, 1)
                 total, _ = fused_linear_losses(hidden, head, labels.flatten(), losses, denominator=one, compute_dtype=hidden.dtype)
                 total.backward()  # type: ignore[no-untyped-call]
 

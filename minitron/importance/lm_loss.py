@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from minitron.errors import DataError
-from minitron.importance.depth.blocks import BlockRunner, Opening, silenced
+from minitron.importance.depth.blocks import BlockRunner, Opening, num_held_states, silenced
 from minitron.importance.depth.config import Batch, DepthConfig, Subject
 from minitron.importance.depth.greedy import remove_greedily
 from minitron.importance.depth.losses import TokenLosses, labels_of
@@ -24,7 +24,7 @@ class LMLossPass:
     """Per layer: mean loss in nats per predicted token of the model without it; so for runs of layers and, for the report, their halves.
 
     The states before a layer do not depend on it: they are computed once and kept, so that L layers cost L (L - 1) / 2 + L blocks instead of
-    L². Kept are at most L + 1 states [batch, sequence, hidden] of one batch. ``selection=greedy`` adds the order of removal.
+    L². How many states [batch, sequence, hidden] of one batch are held is in ``num_held_states``. ``selection=greedy`` adds the order of removal.
     """
 
     aggregation = "mean loss per token without the layer"
@@ -39,6 +39,7 @@ class LMLossPass:
         scorer = LossScorer(subject, walk)
         windows = [(start, start + size) for size in (1, *config.windows) for start in range(layers - size + 1)]
         parts = [(kind, layer) for kind in ("attention", "mlp") for layer in range(layers)] if config.sublayers else []
+        logger.info("depth: up to %.1f MB of stored states of one batch", scorer.stored_bytes(len(windows)) / 1e6)
         base, losses, silent = scorer.losses("depth", range(layers), windows, parts)
         result = {"layer": torch.tensor(losses[:layers])}
         offset = layers
@@ -47,7 +48,7 @@ class LMLossPass:
             offset += layers - size + 1
         for number, kind in enumerate(("attention", "mlp") if parts else ()):
             result[f"sublayer.{kind}"] = torch.tensor(silent[number * layers : (number + 1) * layers])
-        self.details = {"loss": base, "stored_state_bytes": scorer.stored_bytes}
+        self.details = {"loss": base, "stored_state_bytes": scorer.stored_bytes(len(windows))}
         if config.selection in ("greedy", "greedy_lazy"):
             result["layer_order"] = self._order(scorer, dict(enumerate(losses[:layers])), base, layers)
         return result
@@ -78,13 +79,17 @@ class LossScorer:
     """Mean losses of a model with layers or their halves left out."""
 
     def __init__(self, subject: Subject, walk: Walk) -> None:
-        self.model, self.family, self.walk = subject.model, subject.family, walk
-        self.runner, self.head = BlockRunner(subject.model, subject.family), TokenLosses(subject.model)
+        self.model, self.family, self.walk, self.separator = subject.model, subject.family, walk, subject.separator
+        self.runner, self.head = BlockRunner(subject.model, subject.family, subject.placed), TokenLosses(subject.model, subject.placed)
         self.device = next(subject.model.parameters()).device
         self.batches = subject.batches()
         shape, size = subject.family.architecture, next(subject.model.parameters()).element_size()
-        self.stored_bytes = (shape.num_layers + 1) * self.batches[0].ids.numel() * shape.hidden_size * size
-        logger.info("depth: up to %.1f MB of stored states of one batch", self.stored_bytes / 1e6)
+        self._num_tokens = self.batches[0].ids.numel()
+        self._state_bytes = self._num_tokens * shape.hidden_size * size
+
+    def stored_bytes(self, num_windows: int) -> int:
+        """Bytes of the states that are held at most while so many windows are left out."""
+        return num_held_states(num_windows, self._num_tokens) * self._state_bytes
 
     def losses(
         self, what: str, alive: Sequence[int], windows: Sequence[tuple[int, int]], parts: Sequence[tuple[str, int]] = (), *, base: bool = True
@@ -98,12 +103,13 @@ class LossScorer:
 
         def step(batch: Batch) -> None:
             batch = batch.to(self.device)
-            labels = labels_of(batch.ids, batch.counted, batch.attended)
+            labels = labels_of(batch.ids, batch.counted, batch.attended, separator=self.separator)
             with torch.no_grad():
                 sums["tokens"] += (labels != IGNORE_INDEX).sum()
-                opening = self.runner.open(batch.ids, batch.attended)
-                for index, hidden in self.runner.without(opening, alive, windows, base=base):
-                    (sums["base"] if index < 0 else sums["windows"][index : index + 1]).add_(self.head.rows(hidden, labels).sum())
+                opening = self.runner.open(batch.ids, batch.attended, separator=self.separator)
+                for indices, hidden in self.runner.without(opening, alive, windows, base=base):
+                    for index, loss in zip(indices, self.head.rows(hidden, labels).sum(dim=1), strict=True):
+                        (sums["base"] if index < 0 else sums["windows"][index : index + 1]).add_(loss)
                 for index, hidden in self._without_parts(opening, parts):
                     sums["parts"][index] += self.head.rows(hidden, labels).sum()
 
@@ -116,9 +122,28 @@ class LossScorer:
         for name, values in means.items():
             for index, value in enumerate(values):
                 if not value < float("inf"):
-                    left_out = {"base": "nothing", "windows": str([alive[i] for i in range(*windows[index])] if windows else ""), "parts": str(parts)}
-                    raise DataError(f"the loss with {left_out[name]} left out of the layers is {value}: try teacher.dtype=float32")
+                    gone = [alive[i] for i in range(*windows[index])] if name == "windows" else []
+                    told = f"with the {parts[index][0]} of layer {parts[index][1]} left out" if name == "parts" else f"without layers {gone}"
+                    where = self._first_bad([layer for layer in alive if layer not in gone])
+                    raise DataError(f"the loss {told if gone or name == 'parts' else 'of the teacher'} is {value}{where}: try teacher.dtype=float32")
         return means["base"][0], means["windows"], means["parts"]
+
+    @torch.no_grad()
+    def _first_bad(self, layers: Sequence[int]) -> str:
+        """The first sample and the first of these layers whose state is not finite, in words; runs the samples again."""
+        size = len(self.batches[0].ids)
+        for batch in self.batches:
+            batch = batch.to(self.device)
+            opening = self.runner.open(batch.ids, batch.attended, separator=self.separator)
+            hidden, first = opening.hidden, torch.full((len(batch.ids),), -1, device=self.device)
+            for number, layer in enumerate(layers):
+                hidden = self.runner.run(opening, hidden, layer)
+                bad = ~hidden.isfinite().flatten(1).all(dim=1)
+                first = torch.where(bad & (first < 0), number, first)
+            if bool((first >= 0).any()):
+                row = int((first >= 0).int().argmax())
+                return f", because a state of layer {layers[int(first[row])]} is NaN or infinite in calibration sample {batch.number * size + row}"
+        return ""
 
     def _without_parts(self, opening: Opening, parts: Sequence[tuple[str, int]]) -> Any:
         """Final states with one half of one layer left out, after the states before that layer."""

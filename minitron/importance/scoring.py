@@ -15,7 +15,7 @@ from minitron.errors import DataError, Interrupted
 from minitron.importance.shared.forward import Forward, Uncounted
 from minitron.log import Progress
 from minitron.models.family import Family
-from minitron.models.head import decoder_of
+from minitron.models.packing import hidden_states
 
 Tensors = dict[str, torch.Tensor]
 Prepare = Callable[[nn.Module], Callable[..., Any]]
@@ -46,18 +46,19 @@ class PassResult:
 
 
 class Decoder(nn.Module):
-    """A causal LM without its head, as engines wrap it: calls of an engine enter here and nowhere else."""
+    """A causal LM without its head, as engines wrap it: calls of an engine enter here and nowhere else.
 
-    def __init__(self, model: nn.Module) -> None:
+    Documents of a row that end with a ``separator`` do not see each other.
+    """
+
+    def __init__(self, model: nn.Module, *, separator: int | None = None) -> None:
         super().__init__()
+        self.separator = separator
         self.model = model.eval().requires_grad_(False)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """[batch, sequence] → [batch, sequence, hidden]; with a mask, positions count the attended tokens only."""
-        more = {}
-        if attention_mask is not None:
-            more = {"attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(1) - 1).clamp_min(0)}
-        return decoder_of(self.model)(input_ids=input_ids, use_cache=False, **more).last_hidden_state  # type: ignore[no-any-return]
+        return hidden_states(self.model, input_ids, separator=self.separator, attended=attention_mask)
 
 
 def run_pass(
@@ -69,6 +70,7 @@ def run_pass(
     batch_size: int,
     counted: torch.Tensor | None = None,
     attended: torch.Tensor | None = None,
+    separator: int | None = None,
     prepare: Prepare | None = None,
     checkpointer: Checkpointer | None = None,
     checkpoint_every: int = 64,
@@ -82,6 +84,7 @@ def run_pass(
     Args:
         counted: [num, sequence], True where a token counts; None: every one does.
         attended: [num, sequence], False at padding, which must not count either; None: there is none.
+        separator: the token that ends a document, which none after it sees; None: every row is one text.
         prepare: what an engine makes of the decoder (``prepare_frozen``), once weights have been read and hooks are on. Its forwards may need
             all ranks at once: one without a batch runs along. None: every rank has the whole model on its device.
 
@@ -102,7 +105,7 @@ def run_pass(
             observer.attach(model, family, forward)
         if walking:
             walk = _Walk(samples, counted, attended, forward, walking, batch_size)
-            decoder = Decoder(model)
+            decoder = Decoder(model, separator=separator)
             walk.run(prepare(decoder) if prepare else decoder, checkpointer, checkpoint_every, stop, together=prepare is not None)
             _reduce([*(tensor for observer in walking for tensor in observer.sums.values()), forward.first_bad])
             forward.check()

@@ -17,7 +17,8 @@ from minitron.importance.depth.walk import Tensors, Walk
 from minitron.importance.width.config import ImportanceConfig
 from minitron.importance.width.groups import CoupledGroups
 from minitron.log import get_logger
-from minitron.models.head import decoder_of, head_of
+from minitron.models.head import head_of
+from minitron.models.packing import hidden_states
 from minitron.ops.kd_loss import IGNORE_INDEX, fused_linear_losses
 
 logger = get_logger(__name__)
@@ -67,7 +68,7 @@ class _Gradients:
     """Sums of gradients over samples, and of their squares, of every parameter that can be cut; a context that puts on the hooks."""
 
     def __init__(self, subject: Subject, order: str) -> None:
-        self._model, self._order = subject.model, order
+        self._model, self._order, self._separator = subject.model, order, subject.separator
         named = dict(subject.model.named_parameters())
         self.owners: list[tuple[ParameterSpec, nn.Parameter]] = [
             (spec, named[spec.name]) for spec in subject.family.layout.parameters if not spec.buffer and spec.axes()
@@ -81,7 +82,7 @@ class _Gradients:
         self._pieces = {id(parameter): {kind: pieces[kind][i] for kind in kinds} for i, (_, parameter) in enumerate(self.owners)}
         counted = subject.counted if subject.counted is not None else torch.ones_like(subject.samples, dtype=torch.bool)
         self.batches: list[Batch] = list(zip(subject.samples.split(subject.batch_size), counted.split(subject.batch_size), strict=True))
-        predicted = counted[:, 1:].sum(dim=1)
+        predicted = (labels_of(subject.samples, counted, separator=subject.separator) != IGNORE_INDEX).sum(dim=1)
         self._num_tokens, self._num_samples = max(1, int(predicted.sum())), max(1, int((predicted > 0).sum()))
         self._scale = 1.0
         self._undo: list[Callable[[], Any]] = []
@@ -102,19 +103,22 @@ class _Gradients:
         """Forward and backward of one batch, sample by sample where squares are needed."""
         ids, counted = batch
         if self._order == "first":
-            self._backward(ids, labels_of(ids, counted), 1.0)
+            self._backward(ids, self._labels(ids, counted), 1.0)
             return
-        for row, label in zip(ids, labels_of(ids, counted), strict=True):
+        for row, label in zip(ids, self._labels(ids, counted), strict=True):
             num_predicted = int((label != IGNORE_INDEX).sum())  # still on the CPU
             if num_predicted:
                 self._backward(row.unsqueeze(0), label.unsqueeze(0), float(num_predicted))
+
+    def _labels(self, ids: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        return labels_of(ids, counted, separator=self._separator)
 
     def _backward(self, ids: torch.Tensor, labels: torch.Tensor, denominator: float) -> None:
         """Gradients of the summed loss / ``denominator``, which the hook turns back into those of the sum."""
         ids, labels = ids.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
         self._scale = denominator
         with torch.enable_grad():
-            hidden = decoder_of(self._model)(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+            hidden = hidden_states(self._model, ids, separator=self._separator)[:, :-1].flatten(0, 1)
             total, _ = fused_linear_losses(
                 hidden,
                 self._head,

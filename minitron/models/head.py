@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from minitron.errors import ArchitectureError, DataError
+from minitron.models.family import discover
+from minitron.models.fields import small_config
 from minitron.ops.head import Head, LogitTransform
 
 #: Config fields that scale logits. Some models divide by theirs and others multiply by one of the same name: numbers decide.
@@ -33,11 +36,16 @@ def decoder_of(model: nn.Module) -> nn.Module:
 def head_of(model: nn.Module) -> Head:
     """The head, with the transform that reproduces the model's own logits on a few tokens, as they come and pushed to large values.
 
+    A model whose weights are not read yet is spoken for by a narrow random one of its config: scales and caps are not learned.
+
     Raises:
         ArchitectureError: nothing that the config names explains the logits.
         DataError: the model's states are not finite.
     """
     weight, bias = head_parameters(model)
+    if weight.is_meta:
+        whole: Any = model.config
+        return Head(weight, bias, _stand_in_transform(whole.to_json_string(use_diff=False), whole))
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
     hidden, logits, factor = _observe(model, weight)
     with torch.no_grad():
@@ -57,6 +65,34 @@ def head_of(model: nn.Module) -> Head:
     raise ArchitectureError(
         f"the head of '{config.model_type}' {found}: a matrix, bias, scale and cap as its config names them do not explain the model's logits"
     )
+
+
+_STAND_INS: dict[str, LogitTransform] = {}
+
+
+def _stand_in_transform(key: str, config: Any) -> LogitTransform:
+    """The transform of a random instance with one layer, found once per process and config."""
+    if key not in _STAND_INS:
+        _STAND_INS[key] = head_of(stand_in(config, [0])).transform
+    return _STAND_INS[key]
+
+
+def stand_in(config: Any, kept_layers: Sequence[int]) -> nn.Module:
+    """A narrow random float32 model of a config's family with some of its layers, for questions whose answers do not depend on the weights."""
+    from transformers import AutoModelForCausalLM
+
+    family = discover(config)
+    shape = family.architecture
+    sizes = {"hidden": 64, "ffn": 32, "head": 8, "kv_head": 8, "vocab": 64, "expert": 4, "expert_ffn": 16, "shared_ffn": 16}
+    if shape.num_kv_heads < shape.num_heads:
+        sizes["kv_head"] = 4 if shape.num_kv_heads > 1 else 1
+    for coupling in (*shape.couplings, *shape.couplings):
+        if coupling.axis != "hidden":
+            sizes[coupling.axis] = coupling.ratio * sizes[coupling.other]
+    small = small_config(config, family.fields, sizes, kept_layers=list(kept_layers), head_dim=8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()  # type: ignore[no-any-return]
 
 
 def _candidates(config: Any) -> list[LogitTransform]:

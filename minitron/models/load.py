@@ -24,6 +24,8 @@ logger = get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16}
 PLACEMENTS = ("replicate", "shard", "offload", "cached")
+SHARD_GROUPS = ("auto", "all", "node")
+ATTENTIONS = ("auto", "sdpa", "flash_attention_2", "eager")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class TeacherConfig:
     path: str | None = option(None, "teacher: HF folder or hub id, a .gguf file, or package:NAME/FILE.gguf", recorded=True)
     dtype: str = option("auto", "auto (bf16 where it is fast, else float32), float32 or bf16")
     placement: str = option("replicate", "where the teacher lies while distilling: replicate, shard, offload or cached", recorded=True)
+    shard_group: str = option(
+        "auto", "shard: the ranks that share one copy: all, those of a node, or auto: node where several nodes have several ranks", recorded=True
+    )
+    attention: str = option("auto", "kernels of every model's attention: auto, sdpa, flash_attention_2 or eager", recorded=True)
     trust_remote_code: bool = option(False, "run modelling code that comes with the checkpoint", recorded=True)
     revision: str | None = option(None, "hub revision")
     more: list[dict[str, Any]] | None = option(
@@ -40,6 +46,47 @@ class TeacherConfig:
     )
     config: dict[str, Any] | None = option(None, "a complete HF config, for stages that need no weights", recorded=True)
     note: str | None = option(None, "a remark on the teacher's origin, shown in reports", recorded=True)
+
+    @property
+    def place(self) -> str:
+        """What engines are asked for: the placement, which is ``shard_node`` where a sharded teacher is shared by the ranks of a node alone.
+
+        A stage that runs the teacher itself although its signal is cached has it replicated.
+        """
+        if self.placement == "cached":
+            return "replicate"
+        world = dist.world_size()
+        shared = self.placement == "shard" and shard_group_size(self.shard_group, world_size=world, local_world_size=dist.local_world_size()) < world
+        return "shard_node" if shared else self.placement
+
+
+def shard_group_size(group: str, *, world_size: int, local_world_size: int) -> int:
+    """Ranks that share one copy of a sharded teacher under ``teacher.shard_group``.
+
+    ``auto`` keeps a teacher's weights, which are gathered in every micro-step, off the network between nodes.
+    """
+    several = 1 < local_world_size < world_size and world_size % local_world_size == 0
+    return local_world_size if group == "node" or (group == "auto" and several) else world_size
+
+
+def check_shard_group(config: TeacherConfig) -> None:
+    """Refuse a group that cannot be formed.
+
+    Raises:
+        ConfigError: an unknown word, a group for a teacher that is not sharded, or nodes of different sizes.
+    """
+    if config.shard_group not in SHARD_GROUPS:
+        raise ConfigError(f"teacher.shard_group={config.shard_group} is unknown; {nearest(config.shard_group, SHARD_GROUPS)}")
+    if config.shard_group != "auto" and config.placement != "shard":
+        raise ConfigError(
+            f"teacher.shard_group={config.shard_group} is for teacher.placement=shard, and teacher.placement={config.placement} shards nothing"
+        )
+    world, local = dist.world_size(), dist.local_world_size()
+    if config.shard_group == "node" and world % local:
+        raise ConfigError(
+            f"teacher.shard_group=node needs equally many ranks on every node, but {world} ranks are no multiple of the {local} of this one "
+            "(LOCAL_WORLD_SIZE): use teacher.shard_group=all"
+        )
 
 
 def resolve_teacher(config: TeacherConfig, *, only_config: bool = False) -> Path | None:
@@ -224,7 +271,7 @@ def _read_config(source: Path | None, config: TeacherConfig | None) -> tuple[Any
         if file.suffix == ".gguf":
             _require_gguf()
             return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name), str(file)
-        return AutoConfig.from_pretrained(str(source), trust_remote_code=trusted and source is not None and _brings_code(source)), str(source)
+        return AutoConfig.from_pretrained(str(source), trust_remote_code=trusted and source is not None and brings_code(source)), str(source)
     except CheckpointError:
         raise
     except Exception as error:  # unknown types, broken JSON, remote code without consent
@@ -233,7 +280,7 @@ def _read_config(source: Path | None, config: TeacherConfig | None) -> tuple[Any
         raise CheckpointError(f"{file or 'teacher.config'} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def _brings_code(folder: Path) -> bool:
+def brings_code(folder: Path) -> bool:
     """Whether a model needs code that lies beside it; a type that transformers has itself is loaded with transformers' own class."""
     from transformers import CONFIG_MAPPING
 
@@ -259,25 +306,55 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise CheckpointError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0]}") from error
 
 
-def flash_attention_usable(dtype: torch.dtype) -> bool:
-    """Whether to ask for FlashAttention 2: transformers raises when it is missing instead of falling back, and it has no float32 kernels."""
-    return torch.cuda.is_available() and dtype != torch.float32 and importlib.util.find_spec("flash_attn") is not None
+def check_attention(name: str) -> None:
+    """Refuse an attention that does not exist or cannot run here.
+
+    Raises:
+        ConfigError: an unknown word, or FlashAttention without its package or a GPU.
+    """
+    if name not in ATTENTIONS:
+        raise ConfigError(f"teacher.attention={name} is unknown; {nearest(name, ATTENTIONS)}")
+    if name == "flash_attention_2" and not _flash_attention_is_here():
+        missing = "the package flash-attn, which is not installed" if torch.cuda.is_available() else "a GPU, and there is none"
+        raise ConfigError(f"teacher.attention=flash_attention_2 needs {missing}: use auto or sdpa")
 
 
-def load_causal_lm(folder: Path, *, dtype: torch.dtype, device: torch.device | None = None, trust_remote_code: bool = False) -> nn.Module:
+def _flash_attention_is_here() -> bool:
+    return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+
+
+def attention_for(dtype: torch.dtype, name: str = "auto") -> str | None:
+    """What to ask transformers for, which raises when FlashAttention is missing instead of falling back; None is its own choice.
+
+    ``auto`` takes FlashAttention 2 where it is installed and has kernels for ``dtype`` (it has none for float32), else what transformers prefers
+    for the model: SDPA, or plain attention in the few families that SDPA cannot serve.
+    """
+    if name == "auto":
+        return "flash_attention_2" if dtype != torch.float32 and _flash_attention_is_here() else None
+    check_attention(name)
+    if name == "flash_attention_2" and dtype == torch.float32:
+        return "sdpa"
+    return name
+
+
+def load_causal_lm(
+    folder: Path, *, dtype: torch.dtype, device: torch.device | None = None, attention: str = "auto", trust_remote_code: bool = False
+) -> nn.Module:
     """A model in eval mode on a device, with every key present and none left over.
 
     Raises:
         CheckpointError: weights are missing, damaged, or do not match the config.
+        ConfigError: ``attention`` cannot run here.
     """
     from transformers import AutoModelForCausalLM
 
     quiet_transformers()
     check_has_weights(folder)
-    flash = {"attn_implementation": "flash_attention_2"} if flash_attention_usable(dtype) else {}
+    chosen = attention_for(dtype, attention)
+    more = {"attn_implementation": chosen} if chosen is not None else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code and _brings_code(folder), **flash
+            str(folder), dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code and brings_code(folder), **more
         )
     except Exception as error:  # safetensors and transformers raise assorted types for damaged files
         raise CheckpointError(f"the weights in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error

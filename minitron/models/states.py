@@ -12,7 +12,7 @@ from torch import nn
 
 from minitron.errors import ArchitectureError
 from minitron.models.family import Family, discover
-from minitron.models.head import decoder_of
+from minitron.models.head import decoder_of, stand_in
 
 #: The layer number of the embedding's output.
 EMBEDDING = -1
@@ -42,7 +42,7 @@ class Spot:
 
 
 def find_spots(model: nn.Module, taps: Sequence[Tap]) -> dict[Tap, Spot]:
-    """The modules at which states can be read, by running an unwrapped model on a few tokens.
+    """The modules at which states can be read, by running an unwrapped model on a few tokens; one without its weights has a narrow stand-in run.
 
     Raises:
         ArchitectureError: the attention's projections are not three of known order.
@@ -85,6 +85,8 @@ def captured(model: nn.Module, spots: dict[Tap, Spot]) -> Iterator[dict[Tap, tor
 
 def _norms_after(model: nn.Module, family: Family) -> dict[int, str]:
     """Layer → the first norm that takes this very layer's output as its input, found by running the model on five tokens."""
+    if next(model.parameters()).is_meta:
+        model = stand_in(model.config, range(family.architecture.num_layers))
     blocks = {name: index for index, name in enumerate(family.taps.blocks)}
     streams: dict[int, torch.Tensor] = {}  # layer → its output
     inputs: list[tuple[str, torch.Tensor]] = []  # of norms, in the order in which they run

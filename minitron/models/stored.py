@@ -164,3 +164,4 @@ def to_stored(stored: tuple[StoredTensor, ...], weights: Iterable[tuple[str, tor
     for name, parameter in weights:
         for item in by_source[name]:
             yield item.spec.name, item.cut(parameter, size_of, item.spec.expert)
+        del parameter  # or it would stay while the next one is gathered

@@ -7,7 +7,9 @@ from typing import cast
 import torch
 
 from minitron.core.protocols import RowLoss
+from minitron.core.sparse import TopKTargets
 from minitron.ops.kd_loss import WeightedRowLoss
+from minitron.ops.kd_rows import RowTerm
 
 
 def agreement(
@@ -26,7 +28,17 @@ def agreement(
     return (student_logits.argmax(dim=-1) == teacher_logits.argmax(dim=-1)).float(), None
 
 
+def _agreement_with_likeliest(
+    student_logits: torch.Tensor, teacher: TopKTargets, labels: torch.Tensor, *, temperature: float, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return (student_logits.argmax(dim=-1) == teacher.ids[:, 0]).float(), None
+
+
 agreement.needs_teacher = True  # type: ignore[attr-defined]
+agreement.row_term = RowTerm("agreement")  # type: ignore[attr-defined]
+agreement.sparse_signals = ("top_k",)  # type: ignore[attr-defined]
+agreement.sparse_is_exact = True  # type: ignore[attr-defined]
+agreement.from_sparse = _agreement_with_likeliest  # type: ignore[attr-defined]
 
 #: The measurement as a term that adds nothing to the total.
 AGREEMENT = WeightedRowLoss("agreement", 0.0, cast(RowLoss, agreement))

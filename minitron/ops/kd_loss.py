@@ -8,16 +8,22 @@ scales by the incoming gradient.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from minitron.core.protocols import RowLoss
+from minitron.core.sparse import SparseTargets, with_tensors
+from minitron.log import get_logger
 from minitron.ops.head import Head
+from minitron.ops.kd_chunk import KernelChunks, choose, name_bad_rows, row_term
+from minitron.ops.kd_gradients import Gradients
+from minitron.ops.kd_rows import IGNORE_INDEX as IGNORE_INDEX
 
-IGNORE_INDEX = -100
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,14 +41,6 @@ def default_chunk_size(device: torch.device) -> int:
     return 1024 if device.type == "cuda" else 512
 
 
-def _accumulate_head_gradient(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
-    """``total += gradient.T @ hidden`` in float32 [vocab, hidden]."""
-    if hidden.device.type == "cuda" and hidden.dtype != torch.float32:
-        total += torch.mm(gradient.to(hidden.dtype).T, hidden, out_dtype=torch.float32)  # type: ignore[call-overload]
-    else:
-        total.addmm_(gradient.T, hidden.float())
-
-
 @dataclass(frozen=True)
 class _Rows:
     """What the walk knows of its rows beside the student: everything that receives no gradient."""
@@ -53,6 +51,7 @@ class _Rows:
     token_weights: torch.Tensor | None
     teacher_hidden: torch.Tensor | None
     teacher_head: Head | None
+    teacher_sparse: SparseTargets | None
     temperature: float
     compute_dtype: torch.dtype
     chunk_size: int
@@ -61,14 +60,72 @@ class _Rows:
         """Raise ValueError where shapes do not match or the teacher is missing."""
         tokens, vocab = self.labels.shape[0], student_head.num_tokens
         needing = [loss.name for loss in self.losses if loss.function.needs_teacher]
-        if needing and (self.teacher_hidden is None or self.teacher_head is None):
+        if needing and self.teacher_sparse is None and (self.teacher_hidden is None or self.teacher_head is None):
             raise ValueError(f"loss '{needing[0]}' needs the teacher's hidden states and head")
+        if self.teacher_sparse is not None and (self.teacher_sparse.ids.shape[0] != tokens or self.teacher_sparse.num_tokens != vocab):
+            found = f"{self.teacher_sparse.ids.shape[0]} rows over {self.teacher_sparse.num_tokens} tokens"
+            raise ValueError(f"sparse targets of {found} for {tokens} rows over {vocab}")
         if student_hidden.shape[0] != tokens or (self.teacher_hidden is not None and self.teacher_hidden.shape[0] != tokens):
             raise ValueError(f"{tokens} labels for {student_hidden.shape[0]} rows of hidden states")
         if self.teacher_head is not None and self.teacher_head.num_tokens != vocab:
             raise ValueError(f"the student's vocabulary has {vocab} rows, the teacher's {self.teacher_head.num_tokens}")
+        hard = any(getattr(row_term(loss.function), "kind", "") == "cross_entropy" for loss in self.losses)
+        if hard and tokens and self.labels.device.type == "cpu" and int(self.labels.max()) >= vocab:  # a GPU would have to wait for the answer
+            raise ValueError(f"label {int(self.labels.max())} is no token of a vocabulary of {vocab}")
         if self.token_weights is not None and self.token_weights.shape not in ((tokens,), (len(self.losses), tokens)):
             raise ValueError(f"weights of shape {list(self.token_weights.shape)} for {len(self.losses)} losses on {tokens} tokens")
+
+    def kernel_chunks(self) -> KernelChunks | None:
+        """The chunks as a compiled kernel takes them, or None where the row functions of the losses must."""
+        device = self.labels.device
+        kind = choose([(loss.name, loss.function) for loss in self.losses], device, sparse=self.teacher_sparse is not None)
+        if kind == "torch":
+            return None
+        return KernelChunks(
+            tuple(term for loss in self.losses if (term := row_term(loss.function)) is not None),
+            tuple(loss.weight for loss in self.losses),
+            self.labels,
+            torch.stack(self.scales(slice(None), self.labels != IGNORE_INDEX)).float(),
+            self.temperature,
+            kind,
+            self.compute_dtype,
+        )
+
+    def valid_rows(self) -> torch.Tensor | None:
+        """The numbers of rows that are not masked, where some are and asking does not make a device wait."""
+        if self.labels.device.type != "cpu":
+            return None
+        valid = self.labels != IGNORE_INDEX
+        return None if bool(valid.all()) else valid.nonzero()[:, 0]
+
+    def taking(self, rows: torch.Tensor) -> _Rows:
+        """The walk over some of its rows."""
+        return replace(
+            self,
+            labels=self.labels[rows],
+            token_weights=None if self.token_weights is None else self.token_weights[..., rows],
+            teacher_hidden=None if self.teacher_hidden is None else self.teacher_hidden[rows],
+            teacher_sparse=None if self.teacher_sparse is None else with_tensors(self.teacher_sparse, lambda tensor: tensor[rows]),
+        )
+
+    def torch_chunk(
+        self, head: Head, hidden: torch.Tensor, teacher: Head | None, rows: slice, values: torch.Tensor, *, gradient: bool
+    ) -> torch.Tensor | None:
+        """What :meth:`KernelChunks.terms_of` does, by the row functions of the losses."""
+        logits = head.logits(hidden)
+        slope = self.terms(logits, self.said(teacher, rows), rows, values, gradient=gradient)
+        if slope is None:
+            return None
+        # filled, not multiplied by zero: a masked row may hold inf or nan, and 0 * nan is nan
+        return head.transform.backward_(slope, logits).masked_fill_((self.labels[rows] == IGNORE_INDEX)[:, None], 0.0)
+
+    def said(self, head: Head | None, rows: slice) -> torch.Tensor | SparseTargets | None:
+        """What is known of the teacher in a chunk: its sparse targets, else its logits by its ``head``, else nothing."""
+        if self.teacher_sparse is not None:
+            return with_tensors(self.teacher_sparse, lambda tensor: tensor[rows])
+        if head is None or self.teacher_hidden is None:
+            return None
+        return head.logits(self.teacher_hidden[rows].to(head.weight.dtype))
 
     def scales(self, rows: slice, valid: torch.Tensor) -> list[torch.Tensor]:
         """For every loss what each row counts in it, [rows]: 0 where the row is ignored, one and the same tensor unless weights differ."""
@@ -77,10 +134,11 @@ class _Rows:
         weights = torch.where(valid, self.token_weights[..., rows].float(), 0.0) / self.denominator
         return list(weights) if weights.ndim == 2 else [weights] * len(self.losses)
 
-    def terms(
-        self, logits: torch.Tensor, teacher_logits: torch.Tensor | None, rows: slice, values: torch.Tensor, *, gradient: bool
-    ) -> torch.Tensor | None:
-        """Add a chunk's terms to ``values`` [losses]; the gradient of the student's logits [rows, vocab], all but masked."""
+    def terms(self, logits: torch.Tensor, teacher: Any, rows: slice, values: torch.Tensor, *, gradient: bool) -> torch.Tensor | None:
+        """Add a chunk's terms to ``values`` [losses]; the gradient of the student's logits [rows, vocab], all but masked.
+
+        ``teacher`` is what the losses are functions of beside them: logits, sparse targets or None.
+        """
         labels = self.labels[rows]
         valid = labels != IGNORE_INDEX
         scales = self.scales(rows, valid)
@@ -88,7 +146,7 @@ class _Rows:
         total: torch.Tensor | None = None
         for index, loss in enumerate(self.losses):
             wanted = gradient and loss.weight != 0.0
-            value, slope = loss.function(logits, teacher_logits, labels, temperature=self.temperature, gradient=wanted)
+            value, slope = loss.function(logits, teacher, labels, temperature=self.temperature, gradient=wanted)
             values[index] += (torch.where(valid, value, 0.0) * scales[index]).sum()
             if slope is None:
                 continue
@@ -105,44 +163,41 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, student_hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, student_head: Head, walk: _Rows
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        needed = any(ctx.needs_input_grad)
         values = torch.zeros(len(walk.losses), dtype=torch.float32, device=student_hidden.device)
-        weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needed else None
-        bias_gradient = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if needed and bias is not None else None
-        hidden_gradient = torch.zeros_like(student_hidden) if needed else None
+        shape, kept = student_hidden.shape, walk.valid_rows()
+        if kept is not None:
+            student_hidden, walk = student_hidden[kept], walk.taking(kept)
+        gradients = Gradients.of(student_hidden, weight, bias, ctx.needs_input_grad)
         head = student_head.ready(walk.compute_dtype)  # cast once here rather than once a chunk
         teacher = None if walk.teacher_head is None else walk.teacher_head.ready(walk.compute_dtype)
+        matrix = head.weight.to(walk.compute_dtype)
+        chunks = walk.kernel_chunks()
         with torch.autocast(student_hidden.device.type, enabled=False):
             for start in range(0, student_hidden.shape[0], walk.chunk_size):
                 rows = slice(start, start + walk.chunk_size)
-                hidden = student_hidden[rows].to(head.weight.dtype)
-                logits = head.logits(hidden)
-                teacher_logits = None
-                if teacher is not None and walk.teacher_hidden is not None:
-                    teacher_logits = teacher.logits(walk.teacher_hidden[rows].to(teacher.weight.dtype))
-                gradient = walk.terms(logits, teacher_logits, rows, values, gradient=needed)
-                if gradient is None or hidden_gradient is None or weight_gradient is None:
-                    continue
-                masked = (walk.labels[rows] == IGNORE_INDEX)[:, None]
-                # filled, not multiplied by zero: a masked row may hold inf or nan, and 0 * nan is nan
-                gradient = head.transform.backward_(gradient, logits).masked_fill_(masked, 0.0)
-                hidden_gradient[rows] = (gradient.to(walk.compute_dtype) @ weight.to(walk.compute_dtype)).to(student_hidden.dtype)
-                _accumulate_head_gradient(weight_gradient, gradient, hidden.masked_fill(masked, 0.0))
-                if bias_gradient is not None:
-                    bias_gradient += gradient.sum(dim=0)
-        if hidden_gradient is not None and weight_gradient is not None:
-            last = None if bias is None or bias_gradient is None else bias_gradient.to(bias.dtype)
-            ctx.save_for_backward(hidden_gradient, weight_gradient.to(weight.dtype), last)
+                hidden, needed = student_hidden[rows].to(head.weight.dtype), any(ctx.needs_input_grad)
+                if chunks is None:
+                    gradient = walk.torch_chunk(head, hidden, teacher, rows, values, gradient=needed)
+                else:
+                    theirs = None if walk.teacher_hidden is None or teacher is None else walk.teacher_hidden[rows].to(teacher.weight.dtype)
+                    gradient = chunks.terms_of(head, hidden, teacher, theirs, rows, values, gradient=needed)
+                if gradient is not None:
+                    if walk.labels.device.type != "cpu":  # masked rows are among these: zero times inf would be nan
+                        hidden = hidden.masked_fill((walk.labels[rows] == IGNORE_INDEX)[:, None], 0.0)
+                    gradients.add(rows, gradient, hidden, matrix)
+                    del gradient  # its memory is the next chunk's
+        gradients.done(kept, shape)
+        last = None if bias is None or gradients.bias is None else gradients.bias.to(bias.dtype)
+        ctx.save_for_backward(gradients.hidden, None if gradients.weight is None else gradients.weight.to(weight.dtype), last)
         ctx.mark_non_differentiable(values)
         weights = torch.tensor([loss.weight for loss in walk.losses], device=values.device)
         return (values * weights).sum(), values
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scaled = [
-            (gradient * grads[0]).to(gradient.dtype) if gradient is not None and needed else None
-            for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-        ]
+        if grads[0].device.type == "cpu" and float(grads[0]) == 1.0:  # a comparison that would make a GPU wait
+            return *ctx.saved_tensors, None, None
+        scaled = [None if gradient is None else (gradient * grads[0]).to(gradient.dtype) for gradient in ctx.saved_tensors]
         return *scaled, None, None
 
 
@@ -155,6 +210,7 @@ def fused_linear_losses(
     denominator: torch.Tensor,
     teacher_hidden: torch.Tensor | None = None,
     teacher_head: Head | None = None,
+    teacher_sparse: SparseTargets | None = None,
     token_weights: torch.Tensor | None = None,
     temperature: float = 1.0,
     compute_dtype: torch.dtype = torch.float32,
@@ -170,6 +226,7 @@ def fused_linear_losses(
         denominator: 0-d float tensor, the number of valid tokens of the whole optimiser step.
         teacher_hidden: [tokens, teacher hidden]; needed when a loss needs the teacher.
         teacher_head: of the same vocabulary as the student's.
+        teacher_sparse: [tokens, …], of that vocabulary, in place of hidden states and head; ``losses`` are then functions of it.
         token_weights: [tokens], or [losses, tokens] with a row for each loss; multiplies every row's loss, value and gradient. The
             denominator stays what it is: a token of weight 0 still counts in it, and weights of mean 1 keep the scale of the loss.
         temperature: divides both logits; divergences carry its square in value and gradient.
@@ -189,9 +246,12 @@ def fused_linear_losses(
         token_weights,
         None if teacher_hidden is None else teacher_hidden.detach(),
         None if teacher_head is None else teacher_head.detached(),
+        teacher_sparse,
         temperature,
         compute_dtype,
         chunk_size or default_chunk_size(student_hidden.device),
     )
     walk.check(student_hidden, student_head)
+    if logger.isEnabledFor(logging.DEBUG):
+        name_bad_rows({"student": student_hidden, "teacher": teacher_hidden}, labels)
     return _ChunkedLoss.apply(student_hidden, student_head.weight, student_head.bias, student_head.detached(), walk)

@@ -87,13 +87,16 @@ def random_scores(shape: Architecture, *, seed: int = 0) -> ImportanceScores:
     return ImportanceScores(tensors)
 
 
-def tiny_teacher(config: Any, *, seed: int) -> nn.Module:
-    """A random float32 instance with weights large enough that every unit matters, norm weights included."""
+def tiny_teacher(config: Any, *, seed: int, attention: str | None = "eager") -> nn.Module:
+    """A random float32 instance with weights large enough that every unit matters, norm weights included.
+
+    ``attention`` is transformers' name of an implementation; None: what models of this kind are loaded with.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+        model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.2) if parameter.ndim >= 2 else parameter.add_(torch.randn_like(parameter) * 0.2)
     return model

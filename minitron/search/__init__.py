@@ -1,6 +1,20 @@
 """From a budget to candidate shapes."""
 
-from minitron.search.enumerate import enumerate_shapes, pick_diverse
-from minitron.search.space import SearchConfig, TargetConfig, axis_values, budget, explicit_shape
+from minitron.search.enumerate import Found, find_shapes
+from minitron.search.prediction import Workload, predicted_costs
+from minitron.search.space import SearchConfig, axis_values
+from minitron.search.target import TargetConfig, budget, explicit_shape, limits_of, require_limits
 
-__all__ = ["SearchConfig", "TargetConfig", "axis_values", "budget", "enumerate_shapes", "explicit_shape", "pick_diverse"]
+__all__ = [
+    "Found",
+    "SearchConfig",
+    "TargetConfig",
+    "Workload",
+    "axis_values",
+    "budget",
+    "explicit_shape",
+    "find_shapes",
+    "limits_of",
+    "predicted_costs",
+    "require_limits",
+]

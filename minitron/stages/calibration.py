@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,8 +29,13 @@ class Calibration:
     @cached_property
     def tokenizer_fingerprint(self) -> str:
         """A hash of the vocabulary and of which of its tokens are special."""
-        content = [sorted(self.tokenizer.get_vocab().items()), sorted(self.tokenizer.all_special_ids)]
-        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+        return fingerprint_tokenizer(self.tokenizer)
+
+
+def fingerprint_tokenizer(tokenizer: Any) -> str:
+    """A hash of the vocabulary and of which of its tokens are special."""
+    content = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids)]
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 def calibration_of(context: StageContext) -> Calibration:
@@ -47,11 +52,12 @@ def calibration_of(context: StageContext) -> Calibration:
 
 def place_teacher(context: StageContext) -> tuple[nn.Module, Prepare | None]:
     """The teacher to score, whole, and what puts its decoder where ``teacher.placement`` says, once hooks are on; None: it is there."""
-    placement = context.sections.teacher.placement
+    placement = context.sections.teacher.place
     if placement == "replicate":
         return context.load_teacher(to_cut=True), None
     model = context.load_teacher(to_cut=True, device=torch.device("cpu"))
-    engine = build_engine(context.sections.engine, optimizer=OptimizerConfig(), precision="float32")
+    whole = replace(context.sections.engine, compile=False)  # scores are read off hooks inside the blocks
+    engine = build_engine(whole, optimizer=OptimizerConfig(), precision="float32")
     blocks = blocks_of(model)
     return model, lambda decoder: engine.prepare_frozen(decoder, blocks=blocks, placement=placement)
 
@@ -59,4 +65,12 @@ def place_teacher(context: StageContext) -> tuple[nn.Module, Prepare | None]:
 def subject_of(context: StageContext, model: nn.Module, calibration: Calibration) -> Subject:
     """What metrics with a pass of their own are given."""
     batch_size = context.sections.importance.batch_size
-    return Subject(model, context.family(), calibration.samples, batch_size, counted=calibration.counted, tokenizer=calibration.tokenizer)
+    return Subject(
+        model,
+        context.family(),
+        calibration.samples,
+        batch_size,
+        counted=calibration.counted,
+        tokenizer=calibration.tokenizer,
+        separator=context.separator(),
+    )

@@ -18,10 +18,12 @@ from minitron import dist
 from minitron.core.candidate import Candidate, read_candidates
 from minitron.core.manifest import Manifest, fingerprint_folder
 from minitron.core.protocols import Tracker
-from minitron.data import Blends, Text, data_fingerprint, open_text
+from minitron.data import Blends, Text, data_fingerprint, open_text, separator_of
 from minitron.engine import resolve_dtype
 from minitron.errors import CheckpointError, DataError
 from minitron.models import Family, config_of, discover, further_teachers, load_causal_lm, load_tokenizer, resolve_teacher
+from minitron.models.lazy import load_lazily
+from minitron.stages.packing import choose_packing
 from minitron.tracking import build_trackers
 from minitron.tracking.jsonl import FILE_NAME, truncate_after
 
@@ -39,6 +41,11 @@ class StageContext:
     sections: SimpleNamespace
     stop: Callable[[], bool] = lambda: False
     memory: dict[str, Any] = field(default_factory=dict)
+
+    def origin(self) -> str:
+        """A fingerprint of all that the stage at work reads, which its checkpoints carry; empty outside of a run."""
+        inputs = self.memory.get("inputs")
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest() if inputs is not None else ""
 
     def original_teacher(self) -> Path | None:
         """The folder that ``teacher.path`` leads to; None for a config-only teacher."""
@@ -75,12 +82,13 @@ class StageContext:
         """The teacher's family and shape."""
         return discover(self.teacher_config())
 
-    def load_teacher(self, *, to_cut: bool = False, device: torch.device | None = None) -> nn.Module:
-        """The teacher in the dtype of ``teacher.dtype``."""
-        teacher = self.sections.teacher
-        return load_causal_lm(
-            self.teacher_folder(to_cut=to_cut), dtype=resolve_dtype(teacher.dtype), device=device, trust_remote_code=teacher.trust_remote_code
-        )
+    def load_teacher(self, *, to_cut: bool = False, device: torch.device | None = None, lazily: bool = False) -> nn.Module:
+        """The teacher in the dtype of ``teacher.dtype``; ``lazily``: without its weights, which the engine that places it reads."""
+        teacher, folder = self.sections.teacher, self.teacher_folder(to_cut=to_cut)
+        options: dict[str, Any] = {"attention": teacher.attention, "trust_remote_code": teacher.trust_remote_code}
+        if lazily:
+            return load_lazily(folder, dtype=resolve_dtype(teacher.dtype), **options)
+        return load_causal_lm(folder, dtype=resolve_dtype(teacher.dtype), device=device, **options)
 
     def data_fingerprint(self, later: Blends = ()) -> str:
         """The content hash of the text, with the blends that follow the section's own."""
@@ -93,12 +101,41 @@ class StageContext:
         """The text, tokenised by the teacher's tokenizer, with the blends that follow the section's own."""
         known = self.memory.get("text")
         if known is None or known[0] != later:
+            self.memory["text"] = (later, open_text(self.sections.data, self.tokenizer(), seed=self.seed, later=later))
+        return self.memory["text"][1]  # type: ignore[no-any-return]
+
+    def tokenizer(self) -> Any:
+        """The teacher's, as it came.
+
+        Raises:
+            CheckpointError: the teacher is a config without one.
+        """
+        if "tokenizer" not in self.memory:
             folder = self.original_teacher()
             if folder is None:
                 raise CheckpointError("the teacher is only a config here, without a tokenizer: give teacher.path=FOLDER_OR_HUB_ID")
-            tokenizer = load_tokenizer(folder, trust_remote_code=self.sections.teacher.trust_remote_code)
-            self.memory["text"] = (later, open_text(self.sections.data, tokenizer, seed=self.seed, later=later))
-        return self.memory["text"][1]  # type: ignore[no-any-return]
+            self.memory["tokenizer"] = load_tokenizer(folder, trust_remote_code=self.sections.teacher.trust_remote_code)
+        return self.memory["tokenizer"]
+
+    def packing(self) -> str:
+        """``separate`` or ``joined``, what ``data.packing`` comes to with the models of this stage; the word itself for a config-only teacher.
+
+        Raises:
+            ConfigError: ``separate`` was asked for, and a model or the tokenizer cannot do it.
+        """
+        asked, student = self.sections.data.packing, getattr(getattr(self.sections, "student", None), "path", None)
+        if asked == "joined" or self.original_teacher() is None:
+            return str(asked)
+        key = f"packing {asked} {student}"
+        if key not in self.memory:
+            folders = [folder for folder, _ in self.further_teachers()] + ([Path(student).expanduser()] if student else [])
+            configs = [self.teacher_config(), *(config_of(folder, self.sections.teacher) for folder in folders)]
+            self.memory[key] = choose_packing(asked, configs, separator=separator_of(self.tokenizer()))
+        return self.memory[key]  # type: ignore[no-any-return]
+
+    def separator(self) -> int | None:
+        """The token after which a document sees nothing of those before it; None where the documents of a sequence are joined."""
+        return separator_of(self.tokenizer()) if self.packing() == "separate" else None
 
     def held_out(self, count: int, later: Blends = ()) -> torch.Tensor:
         """Up to ``count`` held-out sequences [num, sequence] of the section's own text, in document order.

@@ -91,10 +91,10 @@ def measure_zero_shot(context: StageContext) -> None:
     """Write the held-out loss of every candidate right after cutting, for want of a ranking."""
     sequences = context.held_out(context.sections.ranking.num_validation_sequences)
     dtype = resolve_dtype(context.sections.teacher.dtype)
-    losses = {}
+    losses, separator = {}, context.separator()
     for candidate in context.candidates():
         model = cut_in_memory(context, plan_for(context, candidate), dtype=dtype).to(dist.device()).eval()
-        losses[candidate.name] = perplexity(model, sequences, batch_size=4, what=candidate.name, alone=True)["loss"]
+        losses[candidate.name] = perplexity(model, sequences, batch_size=4, what=candidate.name, alone=True, separator=separator)["loss"]
     folder = context.run_dir / "pruned"
     folder.mkdir(exist_ok=True)
     write_text(folder / ZERO_SHOT, json.dumps({"inputs": context.zero_shot_inputs(), "losses": losses}, indent=1))

@@ -9,12 +9,13 @@ from typing import Any
 from minitron.core.options import option
 from minitron.distill.losses import build_losses, state_terms
 from minitron.distill.settings import later_blends
+from minitron.stages.cached import cache_inputs
 from minitron.stages.context import StageContext
 from minitron.stages.teachers import teacher_inputs
 from minitron.stages.training_stage import train_folder
 
 FOLDER = "student"
-SECTIONS = ("teacher", "student", "data", "training", "loss", "on_policy", "engine", "tracking")
+SECTIONS = ("teacher", "student", "cache", "data", "training", "loss", "on_policy", "engine", "tracking")
 HELP = "distil the pruned model back to quality"
 
 
@@ -26,12 +27,17 @@ class StudentConfig:
 
 
 def inputs(context: StageContext) -> dict[str, Any]:
-    """The pruned model, the text, and the teachers when a loss needs them."""
+    """The pruned model, the text, and the teachers (or what is stored of them) when a loss needs them."""
     later = later_blends(context.sections.training, context.sections.data)
     found: dict[str, Any] = {"pruned": context.pruned_folder(), "data": context.data_fingerprint(later)}
     if _needs_teacher(context):
-        found |= teacher_inputs(context)
+        found |= cache_inputs(context) if context.sections.teacher.placement == "cached" else teacher_inputs(context)
     return found
+
+
+def effective(context: StageContext) -> dict[str, Any]:
+    """Nothing of ``cache``: what a cache holds is an input, and only where it is read."""
+    return {"cache": {}}
 
 
 def _needs_teacher(context: StageContext) -> bool:

@@ -45,8 +45,9 @@ def run(context: StageContext, out: Path) -> dict[str, Any]:
     dtype = resolve_dtype(context.sections.teacher.dtype)
     metrics: dict[str, Any] = {}
     for name, folder in _models(context).items():
-        model = load_causal_lm(folder, dtype=dtype, trust_remote_code=context.sections.teacher.trust_remote_code)
-        metrics[name] = perplexity(model, sequences, batch_size=settings.batch_size, what=name)
+        teacher = context.sections.teacher
+        model = load_causal_lm(folder, dtype=dtype, attention=teacher.attention, trust_remote_code=teacher.trust_remote_code)
+        metrics[name] = perplexity(model, sequences, batch_size=settings.batch_size, what=name, separator=context.separator())
         metrics[name]["num_parameters"] = sum(p.numel() for p in model.parameters())
         logger.info("  %-18s perplexity %8.2f   %s parameters", name, metrics[name]["perplexity"], f"{metrics[name]['num_parameters']:,}")
     if context.sections.teacher.note:

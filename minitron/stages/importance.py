@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron import dist
-from minitron.checkpoint.checkpointer import file_digest
+from minitron.checkpoint.files import file_digest
 from minitron.core.manifest import fingerprint_folder
 from minitron.core.options import relevant
 from minitron.core.scores import ImportanceScores, ScoreSums
@@ -53,7 +53,7 @@ def _metadata(context: StageContext, calibration: Calibration, scored: Scored) -
         "teacher": fingerprint_folder(context.teacher_folder(to_cut=True)),
         "calibration": context.data_fingerprint(),
         "tokenizer": calibration.tokenizer_fingerprint,
-        "settings": {"importance": relevant(importance), "depth": relevant(depth)},
+        "settings": {"importance": relevant(importance), "depth": relevant(depth), "packing": context.packing()},
         "sequence_length": calibration.samples.shape[1],
         "seed": context.seed,
     }

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from minitron.core.architecture import Architecture
 from minitron.core.candidate import Candidate, write_candidates
-from minitron.core.layers import choose_layers
+from minitron.core.layers import reachable_layers
 from minitron.core.scores import ImportanceScores
 from minitron.errors import ArchitectureError
 from minitron.log import get_logger
 from minitron.models.family import resized_config
-from minitron.search import axis_values, budget, enumerate_shapes, explicit_shape, pick_diverse
+from minitron.search import Workload, explicit_shape, find_shapes, limits_of, predicted_costs, require_limits
+from minitron.search.measurement import measurer
 from minitron.stages.context import StageContext, config_fingerprint
 
 FOLDER = "candidates"
@@ -38,54 +40,61 @@ def effective(context: StageContext) -> dict[str, Any]:
 
 def run(context: StageContext, out: Path) -> dict[str, Any]:
     """Write ``candidates.jsonl``, nearest to the budget first."""
-    target, teacher = context.sections.target, context.family().architecture
-    if target.name == "explicit":
-        shapes = [explicit_shape(target, teacher)]
-        within = 1
-    else:
-        space = axis_values(context.sections.search, teacher)
-        found = enumerate_shapes(space, teacher, num_parameters=budget(target, teacher), tolerance=target.tolerance)
-        usable = [shape for shape in found if _allowed(context, shape)]
-        if not usable:
-            raise ArchitectureError(
-                f"the config class of '{context.family().model_type}' refuses every shape near the budget (heads must divide hidden_size)"
-            )
-        within, shapes = len(usable), pick_diverse(usable, context.sections.search.num_candidates)
-    candidates = [_candidate(context, shape) for shape in shapes]
+    teacher = context.family().architecture
+    shapes, num_found, num_points, workload = search_shapes(context)
+    candidates = [
+        Candidate(
+            shape.name,
+            shape,
+            shape.num_parameters,
+            None if shape.kept_layers is None else list(shape.kept_layers),
+            predicted_costs(shape, teacher, workload),
+        )
+        for shape in shapes
+    ]
     write_candidates(out / "candidates.jsonl", candidates)
     for candidate in candidates:
         share = candidate.num_parameters / teacher.num_parameters
         logger.info("  %-32s %15s parameters  %5.1f%% of the teacher", candidate.name, f"{candidate.num_parameters:,}", 100 * share)
-    return {"within_band": within, "kept": len(candidates)}
+    return {"points": num_points, "within_band": num_found, "kept": len(candidates)}
+
+
+def search_shapes(context: StageContext) -> tuple[list[Architecture], int, int, Workload]:
+    """The candidates' shapes, how many kept all limits of how many points, and what their costs are predicted for.
+
+    Raises:
+        MinitronError: nothing meets the target.
+    """
+    sections, family = context.sections, context.family()
+    target, teacher = sections.target, family.architecture
+    workload = target.workload(sections.data.sequence_length, measure=partial(measurer, context.teacher_config(), family))
+    if target.name == "explicit":
+        kept = _kept_layers(context, [(shape := explicit_shape(target, teacher)).num_layers])
+        if target.limits or target.num_parameters is not None or target.ratio is not None:
+            require_limits(shape, limits_of(target, teacher, workload), teacher, workload)
+        return [shape if kept is None else shape.replace(kept_layers=kept[shape.num_layers])], 1, 1, workload
+    kept = _kept_layers(context, list(range(1, teacher.num_layers + 1)))
+    found = find_shapes(sections.search, target, teacher, workload=workload, kept=kept)
+    shapes = found.diverse(sections.search.num_candidates, allowed=lambda shape: _allowed(context, shape))
+    if not shapes:
+        raise ArchitectureError(f"the config class of '{family.model_type}' refuses every shape near the budget (heads must divide hidden_size)")
+    if len(found) < sections.search.num_candidates:
+        logger.info("  %d shapes keep the target, fewer than search.num_candidates=%d", len(found), sections.search.num_candidates)
+    return shapes, len(found), found.num_points, workload
 
 
 def _allowed(context: StageContext, shape: Architecture) -> bool:
     """Whether the family's config class takes these sizes."""
     try:
-        resized_config(context.teacher_config(), context.family(), shape)
+        return resized_config(context.teacher_config(), context.family(), shape) is not None
     except ArchitectureError:
         return False
-    return True
 
 
-def _candidate(context: StageContext, shape: Architecture) -> Candidate:
-    kept = None
-    scores = context.run_dir / "scores" / "scores.safetensors"
-    if scores.is_file():
-        depth = context.sections.depth
-        kept = choose_layers(
-            ImportanceScores.load(scores),
-            shape.num_layers,
-            selection=depth.selection,
-            protect_first=depth.protect_first,
-            protect_last=depth.protect_last,
-            protect=depth.protect,
-        ).kept
-        shape = shape.replace(kept_layers=tuple(kept))
-    length = context.sections.data.sequence_length
-    costs = {
-        "flops_per_token": shape.flops_per_token(length),
-        "weight_bytes": 2.0 * shape.num_parameters,
-        "kv_cache_bytes": float(shape.kv_cache_bytes(batch_size=1, sequence_length=length)),
-    }
-    return Candidate(shape.name, shape, shape.num_parameters, kept, costs)
+def _kept_layers(context: StageContext, numbers: list[int]) -> dict[int, tuple[int, ...]] | None:
+    """The layers to keep for every number of them that the depth scores can come to; None without scores."""
+    path, depth = context.run_dir / "scores" / "scores.safetensors", context.sections.depth
+    if not path.is_file():
+        return None
+    options = {name: getattr(depth, name) for name in ("selection", "protect_first", "protect_last", "protect")}
+    return reachable_layers(ImportanceScores.load(path), numbers, **options)

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from minitron.core.protocols import Engine
 from minitron.distill.teacher import TeacherSignal
 from minitron.engine import resolve_dtype
 from minitron.errors import CheckpointError
-from minitron.models import config_of, load_causal_lm, load_tokenizer
+from minitron.models import config_of, load_tokenizer
+from minitron.models.lazy import load_lazily
 from minitron.models.states import Tap
+from minitron.stages.cached import open_cached
 from minitron.stages.context import StageContext, blocks_of
 
 
@@ -27,21 +28,29 @@ def teacher_inputs(context: StageContext) -> dict[str, Any]:
 
 
 def load_further_teachers(context: StageContext) -> list[tuple[nn.Module, float]]:
-    """The teachers beside the first and their weights, on the CPU, in the dtype of ``teacher.dtype``."""
+    """The teachers beside the first and their weights, in the dtype of ``teacher.dtype``, read by the engine that places them."""
     teacher = context.sections.teacher
-    options: dict[str, Any] = {"device": torch.device("cpu"), "trust_remote_code": teacher.trust_remote_code}
-    return [(load_causal_lm(folder, dtype=resolve_dtype(teacher.dtype), **options), weight) for folder, weight in context.further_teachers()]
+    options: dict[str, Any] = {"attention": teacher.attention, "trust_remote_code": teacher.trust_remote_code}
+    return [(load_lazily(folder, dtype=resolve_dtype(teacher.dtype), **options), weight) for folder, weight in context.further_teachers()]
+
+
+def teaching(context: StageContext, source: Path) -> dict[str, Any]:
+    """What a training of the student in a folder learns from: a ``teacher`` and ``others`` to be placed, or the ``signal`` of a stored one."""
+    if context.sections.teacher.placement == "cached":
+        return {"teacher": None, "signal": open_cached(context, source)}
+    return {"teacher": context.load_teacher(lazily=True), "others": load_further_teachers(context)}
 
 
 def place_teachers(context: StageContext, engine: Engine, *, taps: Sequence[Tap], remember_bytes: int) -> list[tuple[TeacherSignal, float]]:
     """All teachers in place, with their weights, the first one first; it alone hands over intermediate states.
 
-    ``remember_bytes`` is shared among them.
+    ``remember_bytes`` is shared among them; all keep the newest batch for students that are trained side by side.
     """
-    models = [(context.load_teacher(device=torch.device("cpu")), 1.0), *load_further_teachers(context)]
-    placement, room = context.sections.teacher.placement, remember_bytes // len(models)
+    models = [(context.load_teacher(lazily=True), 1.0), *load_further_teachers(context)]
+    options: dict[str, Any] = {"placement": context.sections.teacher.place, "separator": context.separator()}
+    options |= {"remember_bytes": remember_bytes // len(models), "shared": True}
     return [
-        (TeacherSignal(model, engine, blocks=blocks_of(model), placement=placement, remember_bytes=room, taps=() if number else taps), weight)
+        (TeacherSignal(model, engine, blocks=blocks_of(model), taps=() if number else taps, **options), weight)
         for number, (model, weight) in enumerate(models)
     ]
 

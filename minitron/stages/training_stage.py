@@ -15,11 +15,12 @@ from minitron.distill.losses import LossConfig
 from minitron.distill.on_policy import OFF, OnPolicyConfig
 from minitron.distill.settings import TrainingConfig, later_blends
 from minitron.distill.training import TrainingResult, TrainingRun
-from minitron.models import TeacherConfig, checkpoint_form, config_of, load_causal_lm, load_tokenizer
+from minitron.models import TeacherConfig, checkpoint_form, config_of, load_tokenizer
+from minitron.models.lazy import load_lazily
 from minitron.models.weights import copy_companions
 from minitron.stages.context import StageContext, blocks_of
 from minitron.stages.states import check_student_states, kept_channels
-from minitron.stages.teachers import check_vocabularies, load_further_teachers
+from minitron.stages.teachers import check_vocabularies, teaching
 
 
 def train_folder(
@@ -33,24 +34,19 @@ def train_folder(
     what: str,
     on_policy: OnPolicyConfig = OFF,
 ) -> dict[str, Any]:
-    """Train the model of ``source`` and write weights, config and tokenizer to ``out``.
-
-    Returns:
-        Step and token counts and the validation of what was written.
-    """
+    """Train the model of ``source`` and write weights, config and tokenizer to ``out``; gives counts, and the validation of what was written."""
     sections, length = context.sections, context.sections.data.sequence_length
     training.check()
     if with_teacher:
         check_vocabularies(context, source)
         check_student_states(context, loss, source)
     trust = sections.teacher.trust_remote_code
-    student = load_causal_lm(source, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=trust)
+    student = load_lazily(source, dtype=torch.float32, attention=sections.teacher.attention, trust_remote_code=trust)
     text = context.text(later := later_blends(training, sections.data))
     describe = partial(_describe, source=source, teacher=sections.teacher)
     result = TrainingRun(
         student=student,
-        teacher=context.load_teacher(device=torch.device("cpu")) if with_teacher else None,
-        others=load_further_teachers(context) if with_teacher else [],
+        **(teaching(context, source) if with_teacher else {"teacher": None}),
         stream=text.stream(),
         later_stream=lambda number: text.stream(blend=number, sequence_length=training.phase_table(length)[number].sequence_length),
         validation=context.held_out(training.num_validation_sequences, later),
@@ -63,13 +59,16 @@ def train_folder(
         blocks_of=blocks_of,
         open_tracker=context.open_tracker(out, what),
         what=what,
-        placement=sections.teacher.placement,
+        placement=sections.teacher.place,
         folder=out,
         stop=context.stop,
         on_policy=on_policy,
         end_of_text=load_tokenizer(source, trust_remote_code=trust).eos_token_id if on_policy.fraction > 0 else None,
         seed=context.seed,
+        separator=context.separator(),
+        read_ahead=sections.data.num_workers > 0,
         kept_hidden=kept_channels(context, source) if with_teacher else None,
+        origin=context.origin(),
     ).run()
     return _write_result(out, result, training.result, describe)
 

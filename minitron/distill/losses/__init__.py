@@ -9,8 +9,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, cast
+
+import torch
 
 from minitron.core.options import option
 from minitron.core.protocols import RowLoss
@@ -99,10 +102,56 @@ def state_terms(config: LossConfig) -> dict[str, float | None]:
     return found
 
 
+def sparse_losses(losses: Sequence[WeightedRowLoss], signal: str) -> list[WeightedRowLoss]:
+    """The losses as functions of stored targets of a kind (``top_k`` or ``samples``) in place of the teacher's logits.
+
+    One that is not the same quantity then bears another name: ``forward_kl_top_k`` is taken over k + 1 outcomes, ``forward_kl_samples`` is
+    an estimate. Losses that need no teacher stay as they are.
+
+    Raises:
+        ConfigError: a loss that cannot be told from such targets.
+    """
+    found = []
+    for loss in losses:
+        if not loss.function.needs_teacher:
+            found.append(loss)
+            continue
+        if not told_by(loss.function, signal):
+            able = [name for name in LOSSES if signal in getattr(_member(LOSSES[name]), "sparse_signals", ())]
+            raise ConfigError(
+                f"loss '{loss.name}' cannot be computed from cached {signal}: use {', '.join(able)} or cross_entropy, or cache.signal=hidden_states"
+            )
+        name = loss.name if getattr(loss.function, "sparse_is_exact", False) else f"{loss.name}_{signal}"
+        found.append(replace(loss, name=name, function=cast(RowLoss, _Sparse(loss.function.from_sparse))))  # type: ignore[attr-defined]
+    return found
+
+
+def told_by(loss: RowLoss, signal: str) -> bool:
+    """Whether a row loss can be computed from stored targets of a kind; members say so in ``sparse_signals``."""
+    return not loss.needs_teacher or signal in getattr(loss, "sparse_signals", ())
+
+
+@dataclass(frozen=True)
+class _Sparse:
+    """A function of sparse targets as a row loss that needs the teacher."""
+
+    function: RowLoss
+    needs_teacher: ClassVar[bool] = True
+
+    def __call__(
+        self, student_logits: torch.Tensor, teacher_logits: Any, labels: torch.Tensor, *, temperature: float, gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.function(student_logits, teacher_logits, labels, temperature=temperature, gradient=gradient)
+
+
+def _member(where: str) -> Any:
+    module, _, attribute = where.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 def _row_function(where: str, config: LossConfig) -> RowLoss:
     """A member as it is, or, where it is a dataclass, made of the options whose names its fields bear."""
-    module, _, attribute = where.partition(":")
-    member = getattr(importlib.import_module(module), attribute)
+    member = _member(where)
     if isinstance(member, type):
         member = member(**{field.name: getattr(config, field.name) for field in dataclasses.fields(member)})
     return cast(RowLoss, member)

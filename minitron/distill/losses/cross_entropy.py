@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from minitron.ops.kd_rows import RowTerm
+
 
 def cross_entropy(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor | None, labels: torch.Tensor, *, temperature: float, gradient: bool
@@ -26,3 +28,4 @@ def cross_entropy(
 
 
 cross_entropy.needs_teacher = False  # type: ignore[attr-defined]
+cross_entropy.row_term = RowTerm("cross_entropy")  # type: ignore[attr-defined]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from minitron.ops.kd_rows import RowTerm
 from minitron.ops.softmax import log_probabilities
+from minitron.ops.sparse_kl import sparse_kl
 
 
 def forward_kl(
@@ -32,3 +34,6 @@ def forward_kl(
 
 
 forward_kl.needs_teacher = True  # type: ignore[attr-defined]
+forward_kl.row_term = RowTerm("forward_kl")  # type: ignore[attr-defined]
+forward_kl.sparse_signals = ("top_k", "samples")  # type: ignore[attr-defined]
+forward_kl.from_sparse = sparse_kl  # type: ignore[attr-defined]

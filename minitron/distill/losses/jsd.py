@@ -10,6 +10,7 @@ import torch
 from minitron.distill.losses.forward_kl import forward_kl
 from minitron.distill.losses.reverse_kl import reverse_kl
 from minitron.errors import ConfigError
+from minitron.ops.kd_rows import RowTerm
 from minitron.ops.softmax import log_mixture_ratio, log_probabilities
 
 
@@ -30,6 +31,12 @@ class GeneralisedJSD:
     def __post_init__(self) -> None:
         if not 0.0 <= self.beta <= 1.0:
             raise ConfigError(f"loss.beta={self.beta} must lie between 0 (forward KL) and 1 (reverse KL)")
+
+    @property
+    def row_term(self) -> RowTerm:
+        """What the kernels call it."""
+        ends = {0.0: "forward_kl", 1.0: "reverse_kl"}
+        return RowTerm(ends.get(self.beta, "jsd"), self.beta)
 
     def __call__(
         self, student_logits: torch.Tensor, teacher_logits: torch.Tensor | None, labels: torch.Tensor, *, temperature: float, gradient: bool

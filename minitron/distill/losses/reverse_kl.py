@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from minitron.ops.kd_rows import RowTerm
 from minitron.ops.softmax import log_probabilities
 
 
@@ -35,3 +36,4 @@ def reverse_kl(
 
 
 reverse_kl.needs_teacher = True  # type: ignore[attr-defined]
+reverse_kl.row_term = RowTerm("reverse_kl")  # type: ignore[attr-defined]

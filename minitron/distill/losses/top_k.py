@@ -7,9 +7,11 @@ from typing import ClassVar
 
 import torch
 
+from minitron.core.sparse import TopKTargets
 from minitron.distill.losses.forward_kl import forward_kl
 from minitron.errors import ConfigError
 from minitron.ops.softmax import log_probabilities
+from minitron.ops.sparse_kl import top_k_kl
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class TopK:
 
     k: int
     needs_teacher: ClassVar[bool] = True
+    sparse_signals: ClassVar[tuple[str, ...]] = ("top_k",)
+    sparse_is_exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.k, int) or self.k < 1:
@@ -62,3 +66,10 @@ class TopK:
         pull = torch.add(log_q, excess, out=log_p).exp_()  # P_tail · Q / Q_tail, 0 in the top
         slope = log_q.exp_().sub_(pull).scatter_(-1, top, top_q.exp_().sub_(p))
         return value, slope.mul_(temperature) if temperature != 1.0 else slope
+
+    def from_sparse(
+        self, student_logits: torch.Tensor, teacher: TopKTargets, labels: torch.Tensor, *, temperature: float, gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same, at temperature 1, from at least k stored tokens."""
+        assert temperature == 1.0 and teacher.ids.shape[-1] >= min(self.k, teacher.num_tokens)
+        return top_k_kl(student_logits, teacher, k=self.k, gradient=gradient)

@@ -10,6 +10,7 @@ from minitron.distill.on_policy.minillm import with_policy_gradient
 from minitron.distill.on_policy.settings import OnPolicyConfig
 from minitron.distill.pair import StudentLosses
 from minitron.models.head import decoder_of
+from minitron.models.packing import continuing_arguments
 
 
 class SamplingRoot(StudentLosses):
@@ -18,17 +19,20 @@ class SamplingRoot(StudentLosses):
     Engines wrap one forward; whoever samples asks it for logits rather than calling the student's modules, whose weights may lie sharded.
     """
 
-    def forward(self, *args: Any, cache: Any = None, **kwargs: Any) -> dict[str, torch.Tensor]:
-        """Losses as ever; with a ``cache`` of keys and values, ids [batch, new] → ``logits`` [batch, vocab] float32."""
+    def forward(self, *args: Any, cache: Any = None, so_far: torch.Tensor | None = None, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Losses as ever; with a ``cache`` of keys and values, ids [batch, new] → ``logits`` [batch, vocab] float32.
+
+        ``so_far`` [batch, total] are the ids that the cache holds, and the new ones.
+        """
         if cache is None:
             return super().forward(*args, **kwargs)
-        return {"logits": self._next_logits(args[0], cache)}
+        return {"logits": self._next_logits(args[0], cache, so_far if so_far is not None else args[0])}
 
-    def _next_logits(self, input_ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    def _next_logits(self, input_ids: torch.Tensor, cache: Any, so_far: torch.Tensor) -> torch.Tensor:
         training = self.student.training
         self.student.eval()  # no dropout in what is sampled; and recomputing activations would forbid the cache
-        decoder = decoder_of(self.student)
-        hidden = decoder(input_ids=input_ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]  # [batch, hidden]
+        decoder, more = decoder_of(self.student), continuing_arguments(so_far, input_ids.shape[1], self.separator)
+        hidden = decoder(input_ids=input_ids, past_key_values=cache, use_cache=True, **more).last_hidden_state[:, -1]  # [batch, hidden]
         self.student.train(training)
         head = self.head().ready(self.compute_dtype)
         with torch.autocast(hidden.device.type, enabled=False):

@@ -105,6 +105,18 @@ def sample(
     return Continuations(torch.cat(pieces, 1), found["valid"], found["student"], found["sampled"], found.get("teacher"))
 
 
+class _Seen:
+    """All ids that one model has read, which says where each row's present document begins."""
+
+    def __init__(self) -> None:
+        self._ids: list[torch.Tensor] = []
+
+    def with_new(self, ids: torch.Tensor) -> torch.Tensor:
+        """Add ids [batch, new]; [batch, total]."""
+        self._ids = [torch.cat([*self._ids, ids], 1)]
+        return self._ids[0]
+
+
 class ContinuationSampler:
     """Samples through an engine's wrapped root and, where asked for, the teacher's signal; nothing reaches into either."""
 
@@ -148,14 +160,14 @@ class ContinuationSampler:
         return -losses.view(-1, num_new)
 
     def _student_step(self) -> Step:
-        cache = new_cache(self._student_config)
-        return lambda ids: self._root(ids, cache=cache)["logits"][:, : self._vocabulary]
+        cache, seen = new_cache(self._student_config), _Seen()
+        return lambda ids: self._root(ids, cache=cache, so_far=seen.with_new(ids))["logits"][:, : self._vocabulary]
 
     def _teacher_step(self) -> Step:
-        cache = new_cache(self._signal.config)
+        cache, seen = new_cache(self._signal.config), _Seen()
 
         def step(ids: torch.Tensor) -> torch.Tensor:
-            hidden = self._signal.hidden(ids.cpu(), cache=cache)[:, -1]
+            hidden = self._signal.hidden(ids.cpu(), cache=cache, so_far=seen.with_new(ids))[:, -1]
             with self._signal.head() as head:
                 return head.first(self._vocabulary).logits(hidden.to(head.weight.dtype))
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from minitron.errors import ConfigError, nearest
 
@@ -59,8 +60,20 @@ def build_optimizer(root: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Trainable matrices with weight decay, vectors (norms, biases) without."""
     trainable = [p for p in parameters if p.requires_grad]
+    dims = {id(p): len(getattr(p, "ds_shape", p.shape)) for p in trainable}  # ZeRO-3 empties what it has sharded, and notes the shape
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if dims[id(p)] >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if dims[id(p)] < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def going_on(optimizer: torch.optim.Optimizer, device: torch.device) -> torch.Tensor:
+    """Whether a step is to be made, 0-d and on the device: not where the flag ``found_inf`` of torch's gradient scaler is set."""
+    found: torch.Tensor | None = getattr(optimizer, "found_inf", None)
+    return torch.ones((), dtype=torch.bool, device=device) if found is None else (found == 0).to(device)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor, in place."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from minitron.engine.optimizers import OptimizerConfig, parameter_groups
+from minitron.engine.optimizers import OptimizerConfig, going_on, local, parameter_groups
 
 
 class Lion(torch.optim.Optimizer):
     """c = β₁m + (1 − β₁)g, w ← (1 − ηλ)w − η·sign(c), m ← β₂m + (1 − β₂)g. One moment for each weight.
 
-    Every number moves by itself, so shards are updated where they lie.
+    Every number moves by itself, so shards are updated where they lie. With the flag ``found_inf`` a step changes nothing.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float]) -> None:
@@ -32,14 +31,12 @@ class Lion(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
-                weight, gradient, momentum = (_local(tensor) for tensor in (parameter, parameter.grad, state["momentum"]))
+                weight, gradient, momentum = (local(tensor) for tensor in (parameter, parameter.grad, state["momentum"]))
+                go = going_on(self, weight.device)
+                gradient = torch.where(go, gradient, 0.0)  # NaN times 0 is NaN
                 direction = momentum.lerp(gradient, 1.0 - beta1).sign_()
-                weight.mul_(1.0 - rate * group["weight_decay"]).sub_(direction, alpha=rate)
-                momentum.lerp_(gradient, 1.0 - beta2)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                weight.mul_(torch.where(go, 1.0 - rate * group["weight_decay"], 1.0)).sub_(direction.mul_(torch.where(go, rate, 0.0)))
+                momentum.lerp_(gradient, torch.where(go, 1.0 - beta2, 0.0))
 
 
 def build(root: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

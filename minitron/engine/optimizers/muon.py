@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from minitron.engine.optimizers import OptimizerConfig, parameter_groups
+from minitron.engine.optimizers import OptimizerConfig, going_on, local, parameter_groups
 
 #: Coefficients of the quintic Newton-Schulz step and the number of steps, from Jordan et al.: singular values end between 0.7 and 1.2.
 _QUINTIC, _NUM_STEPS = (3.4445, -4.7750, 2.0315), 5
@@ -34,7 +34,7 @@ class Muon(torch.optim.AdamW):
     """AdamW whose groups with ``orthogonal`` take Muon's step instead: Nesterov momentum β₁, orthogonal, times 0.2·√max(rows, columns).
 
     A sharded momentum is gathered for its update, one matrix at a time, and every rank makes the whole of it orthogonal: the communication of one
-    more gather of the weights a step, and arithmetic that more ranks do not share.
+    more gather of the weights a step, and arithmetic that more ranks do not share. With the flag ``found_inf`` a step changes nothing.
     """
 
     @torch.no_grad()
@@ -52,14 +52,18 @@ class Muon(torch.optim.AdamW):
         assert parameter.grad is not None
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].mul_(momentum).add_(parameter.grad)
+        go = going_on(self, local(parameter).device)
+        gradient = local(parameter.grad)
+        gradient.copy_(torch.where(go, gradient, 0.0))  # NaN times 0 is NaN
+        local(state["momentum"]).mul_(torch.where(go, momentum, 1.0)).add_(gradient)
         wanted = parameter.grad + momentum * state["momentum"]
         whole = wanted.full_tensor() if isinstance(wanted, DTensor) else wanted
         update = orthogonalized(whole) * (_UPDATE_RMS * max(whole.shape[-2:]) ** 0.5)
         if isinstance(parameter, DTensor):
             # Every rank has the same whole; cutting its own part out of it needs no communication.
             update = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.mul_(1.0 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+        rate, decay = group["lr"], 1.0 - group["lr"] * group["weight_decay"]
+        local(parameter).mul_(torch.where(go, decay, 1.0)).sub_(local(update) * torch.where(go, rate, 0.0))
 
 
 def build(root: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from minitron.core.options import option
 from minitron.errors import ConfigError, nearest
 from minitron.importance.depth.walk import Tensors, Walk
 from minitron.models.family import Family
+from minitron.ops.head import LogitTransform
 from minitron.prune.merge import LAYER_MERGES
 
 
@@ -134,11 +136,23 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class PlacedTeacher:
+    """A model whose weights an engine shards or offloads: ``root(ids, mask)`` runs its decoder, and ``transform`` is what its head does to products.
+
+    Its forwards may need all ranks at once.
+    """
+
+    root: Callable[..., torch.Tensor]
+    transform: LogitTransform
+
+
+@dataclass(frozen=True)
 class Subject:
     """What is scored, and on what: ``samples`` [num, sequence] are calibration tokens.
 
-    ``counted`` and ``attended``, of the same shape, are False at tokens that do not count and at padding; None: there are none. ``tokenizer``
-    is only asked for by metrics that read text of their own.
+    ``counted`` and ``attended``, of the same shape, are False at tokens that do not count and at padding; None: there are none. ``separator``
+    ends a document, which those after it in the row do not see; None: every row is one text. ``tokenizer`` is only asked for by metrics that
+    read text of their own. ``placed`` is the model as an engine has put it; None: it is whole on its device.
     """
 
     model: nn.Module
@@ -148,6 +162,8 @@ class Subject:
     counted: torch.Tensor | None = None
     attended: torch.Tensor | None = None
     tokenizer: Any = None
+    separator: int | None = None
+    placed: PlacedTeacher | None = None
 
     def batches(self, num_samples: int | None = None) -> list[Batch]:
         """The samples, the first ``num_samples`` of them, in order."""

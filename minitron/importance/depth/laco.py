@@ -88,7 +88,7 @@ class _Merging:
     """A model whose layers are merged in place, tried, and put back."""
 
     def __init__(self, subject: Subject, variant: str, num_samples: int, walk: Walk) -> None:
-        self.variant, self.walk = variant, walk
+        self.variant, self.walk, self.separator = variant, walk, subject.separator
         self.runner = BlockRunner(subject.model, subject.family)
         self.parameters = dict(subject.model.named_parameters())
         layout = subject.family.layout
@@ -141,7 +141,7 @@ class _Merging:
     @torch.no_grad()
     def _final(self, batch: Batch, layers: Sequence[int]) -> torch.Tensor:
         """Final states through some layers [batch, sequence, hidden] in float64, zero where a token does not count."""
-        opening = self.runner.open(batch.ids, batch.attended)
+        opening = self.runner.open(batch.ids, batch.attended, separator=self.separator)
         hidden = opening.hidden
         for layer in layers:
             hidden = self.runner.run(opening, hidden, layer)

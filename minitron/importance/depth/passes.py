@@ -20,7 +20,7 @@ def run_depth_passes(
 ) -> tuple[Tensors, dict[str, Any]]:
     """Score tensors and header entries of the metric's own pass, if it has one, and of layer collapse, if that is the selection.
 
-    They come before the shared pass, whose hooks would see the blocks that run here. Checkpoints lie in ``folder``; None: none are kept.
+    They run when no hook of the shared pass is on, which would see their blocks. Checkpoints lie in ``folder``; None: none are kept.
 
     Raises:
         ConfigError: a layer that the model does not have.
@@ -35,9 +35,15 @@ def run_depth_passes(
     details: dict[str, Any] = {}
     for name, one in passes.items():
         checkpointer = Checkpointer(folder / name) if folder is not None else None
-        tensors |= one.run(subject, Walk(checkpointer=checkpointer, checkpoint_every=checkpoint_every, stop=stop))
+        walk = Walk(checkpointer=checkpointer, checkpoint_every=checkpoint_every, stop=stop, together=subject.placed is not None)
+        tensors |= one.run(subject, walk)
         details[name] = one.details
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise DataError(f"the depth scores '{name}' are not finite: the teacher's states overflow in this dtype (try teacher.dtype=float32)")
     return {name: tensor.float().cpu() for name, tensor in tensors.items()}, details
+
+
+def needs_own_pass(config: DepthConfig, metric: Any) -> bool:
+    """Whether depth scoring runs the layers by itself."""
+    return hasattr(metric, "run") or config.selection == "laco"

@@ -24,8 +24,16 @@ class Walk:
     that was cut short.
     """
 
-    def __init__(self, *, checkpointer: Checkpointer | None = None, checkpoint_every: int = 64, stop: Callable[[], bool] = lambda: False) -> None:
-        self._checkpointer, self._every, self._stop = checkpointer, checkpoint_every, stop
+    def __init__(
+        self,
+        *,
+        checkpointer: Checkpointer | None = None,
+        checkpoint_every: int = 64,
+        stop: Callable[[], bool] = lambda: False,
+        together: bool = False,
+    ) -> None:
+        """``together``: a step may need all ranks at once, so a rank without a batch runs one that does not count."""
+        self._checkpointer, self._every, self._stop, self._together = checkpointer, checkpoint_every, stop, together
         self._asked = self._steps = self._first = 0
         self._finished: list[Tensors] = []
         self._partial: Tensors = {}
@@ -68,6 +76,11 @@ class Walk:
             index = (finished - 1) * world + rank
             if index < len(batches):
                 step(batches[index])
+            elif self._together:
+                kept = {name: value.clone() for name, value in sums.items()}
+                step(batches[0])
+                for name, value in kept.items():
+                    sums[name].copy_(value)
             bar.advance(min(world, len(batches) - bar.done))
             self._steps += 1
             stopping = self._stop()

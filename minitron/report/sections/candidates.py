@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minitron.report.charts import Key, Series, dumbbell, figure, line_chart
-from minitron.report.formats import count, finite, loss, size
+from minitron.report.formats import count, finite, loss, percent, size
 from minitron.report.markup import Child, Html, join, table, tag
 from minitron.report.reader import Run, as_dict
 from minitron.report.sections.body import Body
@@ -14,9 +14,10 @@ from minitron.report.summary import Summary
 _MAX_ROWS = 24
 
 
-def _costs(run: Run, name: str) -> tuple[str, str]:
+def _costs(run: Run, name: str) -> tuple[str, str, str]:
     costs = as_dict(run.candidate(name).get("costs"))
-    return count(finite(costs.get("flops_per_token"))), size(finite(costs.get("kv_cache_bytes")))
+    latency = finite(costs.get("latency_ms"))
+    return count(finite(costs.get("flops_per_token"))), size(finite(costs.get("kv_cache_bytes"))), f"{latency:.3g} ms" if latency is not None else "–"
 
 
 def _ranking(run: Run) -> Html:
@@ -38,10 +39,9 @@ def _ranking(run: Run) -> Html:
         cells: list[Child] = [str(position), label, count(parameters)]
         cells += [loss(before), loss(after), drawing, loss(finite(row.get("kl")))]
         rows.append([*cells, *_costs(run, name)])
-    header = ["#", "candidate", "parameters", "zero-shot", "tested", "○ zero-shot ● tested", "KL", "FLOPs/token", "KV cache"]
-    has_costs = any(cell[-2] != "–" or cell[-1] != "–" for cell in rows)
-    wide = 9 if has_costs else 7
-    classes = ["n", "code", "n opt", "n", "n", "opt nowrap", "n opt", "n opt roomy", "n opt roomy"]
+    header = ["#", "candidate", "parameters", "zero-shot", "tested", "○ zero-shot ● tested", "KL", "FLOPs/token", "KV cache", "decode"]
+    wide = 7 + max((place for cell in rows for place in (1, 2, 3) if cell[6 + place] != "–"), default=0)
+    classes = ["n", "code", "n opt", "n", "n", "opt nowrap", "n opt", "n opt roomy", "n opt roomy", "n opt roomy"]
     return table(header[:wide], [cells[:wide] for cells in rows], classes=classes)
 
 
@@ -83,9 +83,59 @@ def _unranked(run: Run) -> Html:
         rows.append([tag("code", name), count(finite(row.get("num_parameters"))), *_costs(run, name)])
     more = len(run.candidates) - _MAX_ROWS
     return join(
-        table(["candidate", "parameters", "FLOPs/token", "KV cache"], rows, classes=["code", "n", "n", "n"]),
+        table(["candidate", "parameters", "FLOPs/token", "KV cache", "decode"], rows, classes=["code", "n", "n", "n", "n"]),
         tag("p", f"… and {more} more in candidates/candidates.jsonl.", class_="remark") if more > 0 else None,
     )
+
+
+def _figure_of(value: object, digits: int = 3) -> str:
+    known = finite(value)
+    return f"{known:.{digits}f}" if known is not None else "–"
+
+
+def _how(run: Run) -> Html | None:
+    """How the order came about: rungs, agreement over the steps, the lead, the cost, and what cheaper ways would have chosen."""
+    told: list[Html] = []
+    for rung in run.ranking.get("rungs") or []:
+        kept = as_dict(rung).get("kept")
+        if isinstance(kept, list):
+            told.append(tag("li", f"After step {count(finite(as_dict(rung).get('step')))} {len(kept)} went on."))
+    stopped = finite(run.ranking.get("stopped_at"))
+    if stopped is not None:
+        told.append(tag("li", f"The order had settled after step {count(stopped)}, where the ranking stopped."))
+    lead = as_dict(run.ranking.get("lead"))
+    if lead:
+        told.append(
+            tag("li", f"The best leads by {_figure_of(lead.get('gap'), 4)} ± {_figure_of(lead.get('standard_error'), 4)} nats per token (paired).")
+        )
+    if finite(run.ranking.get("zero_shot_tau")) is not None:
+        told.append(tag("li", f"Kendall's τ between the zero-shot order and this one: {_figure_of(run.ranking['zero_shot_tau'], 2)}."))
+    cost = {key: finite(value) for key, value in as_dict(run.ranking.get("cost")).items()}
+    shared, full = cost.get("shared"), cost.get("full_independent")
+    if shared and full:
+        told.append(
+            tag(
+                "li", f"Cost {shared:.2e} FLOPs; every candidate to the end with a teacher of its own: {full:.2e}, {full / shared:.1f} times as much."
+            )
+        )
+    again = as_dict(run.ranking.get("halving_replay"))
+    if again:
+        share, regret = percent(finite(again.get("share_of_steps")), digits=0), _figure_of(again.get("regret"), 4)
+        told.append(
+            tag("li", "Successive halving would have chosen ", tag("code", str(again.get("chosen"))), f", with {share} of the steps, {regret} worse.")
+        )
+    return tag("ul", told, class_="remark") if told else None
+
+
+def _agreement(run: Run) -> Html | None:
+    """Kendall's τ of every evaluation with the one before."""
+    rows = [as_dict(row) for row in run.ranking.get("tau") or []]
+    points = [(a, b) for row in rows if (a := finite(row.get("step"))) is not None and (b := finite(row.get("tau"))) is not None]
+    if len(points) < 2:
+        return None
+    title = "Agreement of each order with the one before (Kendall's τ)"
+    curve = Series("τ", points, "student strong")
+    return figure(title, lambda width: line_chart([curve], width=width, height=160, title=title, x_label="step", y_label="τ"))
 
 
 def _lead(run: Run, measured: list[dict[str, Any]]) -> str:
@@ -95,7 +145,8 @@ def _lead(run: Run, measured: list[dict[str, Any]]) -> str:
     tokens = finite(best.get("tokens"))
     shapes = max(len(run.candidates), len(run.ranked))
     told = f"{count(shapes)} shape{'s' if shapes != 1 else ''} met the budget, {len(measured)} could be measured"
-    told += f", each after {count(tokens)} tokens of distillation." if tokens else "."
+    equal = len({row.get("tokens") for row in measured}) == 1
+    told += f", {'each after' if equal else 'the best after'} {count(tokens)} tokens of distillation." if tokens else "."
     order = sorted(measured, key=lambda row: finite(row.get("zero_shot_loss")) or float("inf"))
     place = next(i for i, row in enumerate(order, start=1) if row is best)
     if len(measured) > 1:
@@ -108,4 +159,4 @@ def render(run: Run, summary: Summary) -> Body | None:
     if not any(row.get("curve") or finite(row.get("loss")) is not None or row.get("status", "ok") != "ok" for row in run.ranked):
         return Body(_lead(run, []), _unranked(run)) if run.candidates else None
     measured = [row for row in run.ranked if row.get("status", "ok") == "ok"]
-    return Body(_lead(run, measured), join(_ranking(run) if measured else None, _learning(run), _failed(run)))
+    return Body(_lead(run, measured), join(_ranking(run) if measured else None, _learning(run), _agreement(run), _how(run), _failed(run)))

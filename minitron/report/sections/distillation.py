@@ -18,6 +18,12 @@ Points = list[tuple[float, float]]
 _MAX_POINTS = 400
 #: Small charts below the losses: key → title and unit.
 _SMALL = {"learning_rate": "Learning rate", "gradient_norm": "Gradient norm", "tokens_per_second": "Tokens per second"}
+#: Divergences from a teacher, of which a run has one: from all that it says, or from what was cached of it.
+_DIVERGENCES = {
+    "validation_kl": "KL from the teacher",
+    "validation_kl_top_k": "KL over the teacher's top tokens",
+    "validation_kl_samples": "KL by the teacher's samples",
+}
 _NO_TERM = {"step", "tokens", "loss", "phase", *_SMALL}
 _UNITS = ("_bytes", "_seconds", "_per_second", "_rate", "_norm")
 #: Widths of charts that stand two and three in a row.
@@ -90,8 +96,9 @@ def _training(rows: Rows, *, x: str, style: str) -> Html | None:
 
 def _validation(rows: Rows, *, x: str, style: str) -> Html | None:
     """Held-out cross entropy and divergence from the teacher, at the steps where they were measured."""
-    entropy, divergence = points(rows, "validation_loss", x=x), points(rows, "validation_kl", x=x)
-    curves = [s for s in (Series("cross entropy", entropy, style), Series("KL from the teacher", divergence, "term0")) if s.points]
+    named = [Series("cross entropy", points(rows, "validation_loss", x=x), style)]
+    named += [Series(label, points(rows, key, x=x), "term0") for key, label in _DIVERGENCES.items()]
+    curves = [series for series in named if series.points]
     if not curves:
         return None
     main = curves[0]

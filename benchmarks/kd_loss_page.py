@@ -1,0 +1,95 @@
+"""The page and the picture of the KD loss, from every machine's figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from paper_claims.pictures import standalone
+
+from minitron.report.charts import Series, line_chart
+
+_HEAD = """# The KD loss: time, memory, error
+
+Forward KL, forward and backward, from hidden states to the gradients of hidden states and head. `products` are the four matrix products alone, at
+full size: the floor. `naive` materialises both logits in float32 and calls `kl_div`. `ours (torch)` are the row functions in PyTorch, chunk by chunk;
+`ours (host)` and `ours (cuda …)` are the compiled sweeps. Providers take turns in one process; median with 20th and 80th percentile. Errors are
+relative, against float64: gradient of the hidden states (16 rows) and of the head (64 tokens). `near` is a student at a divergence of about 0.01,
+where gradients are small differences.
+
+Written by `python benchmarks/kd_loss.py`.
+"""
+_NO_GPU = """
+## GPU
+
+Not measured. `bash benchmarks/gpu.sh` measures it: the same tables for rows 2048–16384 and vocabularies 49152–151936 at widths 3072 and 4096 in
+bf16, and the sweep alone beside a copy.
+"""
+
+
+def _table(document: dict[str, Any]) -> str:
+    lines = []
+    for row in document["results"]:
+        floor, naive = row["seconds"]["products"]["median"], row["seconds"]["naive"]["median"]
+        cpu = bool(row["cpu_seconds"])
+        kind = ", near" if row["near"] else ""
+        widths = f"widths {row['hidden']} and {row['teacher_hidden']}, vocabulary {row['vocab']}"
+        lines.append(f"\n**{row['rows']} rows, {widths}, {row['dtype'].removeprefix('torch.')}{kind}**\n")
+        lines.append(f"| | ms | {'CPU ms' if cpu else 'extra GB'} | × products | × faster than naive | error hidden | error head |")
+        lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+        for name, value in row["seconds"].items():
+            low, middle, high = (1e3 * value[key] for key in ("p20", "median", "p80"))
+            extra = f"{1e3 * row['cpu_seconds'][name]:.0f}" if cpu else f"{row['extra_bytes'][name] / 1e9:.2f}"
+            errors = " | ".join(f"{each:.1e}" for each in row["gradient_errors"].get(name, ())) or " | "
+            lines.append(
+                f"| {name} | {middle:.4g} ({low:.4g}–{high:.4g}) | {extra} | {middle / 1e3 / floor:.2f} | {1e3 * naive / middle:.2f} | {errors} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _bandwidth(document: dict[str, Any]) -> str:
+    if not document["bandwidth"]:
+        return ""
+    lines = ["\nThe sweep alone on given logits, GB/s of the bytes that must move:\n", "| logits | gradient | copy | streaming | on chip |"]
+    lines.append("| --- | --- | ---: | ---: | ---: |")
+    for row in document["bandwidth"]:
+        rate = row["gigabytes_per_second"]
+        names = [row[key].removeprefix("torch.") for key in ("given", "gradient")]
+        lines.append(f"| {names[0]} | {names[1]} | {rate['copy']:.0f} | {rate['streaming']:.0f} | {rate['on_chip']:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _memory(document: dict[str, Any]) -> str:
+    lines = ["\nExtra memory beyond inputs and gradients, MB (width 64, vocabulary 49152), each in a process of its own:\n"]
+    rows = list(next(iter(document["memory"].values())))
+    lines.append("| | " + " | ".join(f"{row} rows" for row in rows) + " |")
+    lines.append("| --- |" + " ---: |" * len(rows))
+    for way, sizes in document["memory"].items():
+        lines.append(f"| {way} | " + " | ".join(f"{sizes[row] / 1e6:.0f}" for row in rows) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write(out: Path) -> None:
+    """``kd_loss.md`` and ``kd_loss_memory.svg`` from ``<machine>/kd_loss.json`` of every machine."""
+    documents = {path.parent.name: json.loads(path.read_text()) for path in sorted(out.glob("*/kd_loss.json"))}
+    text = _HEAD
+    for machine, document in documents.items():
+        load = ", ".join(f"{each:.1f}" for each in document["load_average"])
+        text += f"\n## {machine}\n\n{document['device']}; torch {document['torch']}; load average before and after: {load}. `{document['command']}`\n"
+        text += _table(document) + _bandwidth(document) + _memory(document)
+    if not [machine for machine in documents if not machine.startswith("cpu-")]:
+        text += _NO_GPU
+    first = next((name for name in documents if not name.startswith("cpu-")), next(iter(documents)))
+    curves = []
+    for style, (way, sizes) in zip(("pruned", "student"), documents[first]["memory"].items(), strict=False):
+        points = [(float(rows), extra / 1e6) for rows, extra in sizes.items()]
+        curves.append(Series(way, points, style, end=way))
+    title = f"Extra memory of the KD loss by rows, {first}"
+    drawing = line_chart(curves, width=860, height=300, title=title, x_label="rows", y_label="MB", x_zero=True, y_zero=True)
+    (out / "kd_loss_memory.svg").write_text(standalone(drawing, 300), encoding="utf-8")
+    (out / "kd_loss.md").write_text(text + "\n![Extra memory by rows](kd_loss_memory.svg)\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path("docs/benchmarks"))

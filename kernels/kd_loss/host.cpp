@@ -1,0 +1,181 @@
+// Rows on a CPU: one thread a row, vectors of floats along it. g++ -O3 -march=native -fopenmp.
+#include "rows.h"
+
+namespace kd {
+namespace {
+
+constexpr int BLOCK = 8;  // vectors whose exponentials are summed under one peak
+
+#if defined(__GNUC__) && !defined(__clang__)
+typedef uint16_t shorts __attribute__((vector_size(2 * LANES)));
+#else
+typedef uint16_t shorts __attribute__((ext_vector_type(LANES)));
+#endif
+
+template <class V>
+KD_FN V load(const float* from) {
+  V x;
+  memcpy(&x, from, sizeof(V));
+  return x;
+}
+template <class V>
+KD_FN V load(const bfloat16* from) {
+  if constexpr (sizeof(V) == sizeof(float)) {
+    return widened(*from);
+  } else {
+    shorts x;
+    memcpy(&x, from, sizeof(x));
+    return of_bits(__builtin_convertvector(x, ints) << 16);
+  }
+}
+KD_FN void store(float* to, float x) { memcpy(to, &x, sizeof(x)); }
+KD_FN void store(float* to, floats x) { memcpy(to, &x, sizeof(x)); }
+KD_FN void store(bfloat16* to, float x) { *to = rounded(x); }
+KD_FN void store(bfloat16* to, floats x) {
+  const ints bits = bits_of(x);
+  const ints nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const ints kept = x != x ? ints{} + 0x7fc0 : nearest;
+  const shorts narrow = __builtin_convertvector(kept & 0xffff, shorts);
+  memcpy(to, &narrow, sizeof(narrow));
+}
+
+// f(floats{}, i) along the row, then f(float{}, i) for what is left.
+template <class F>
+KD_FN void sweep(int64_t vocab, F&& f) {
+  int64_t i = 0;
+  for (; i + LANES <= vocab; i += LANES) f(floats{}, i);
+  for (; i < vocab; ++i) f(float{}, i);
+}
+
+template <class In, bool PLAIN>
+struct Logits {
+  const In* products;
+  const Head& head;
+  template <class V>
+  KD_FN V at(int64_t i) const {
+    const V x = load<V>(products + i);
+    if constexpr (PLAIN) return x;
+    return logit_of<V>(x, head.bias == nullptr ? all<V>(0.0f) : load<V>(head.bias + i), head);
+  }
+};
+
+template <class In, bool PLAIN>
+Moments<float> moments_of(const Logits<In, PLAIN>& logits, int64_t vocab, float per_temperature, bool hard) {
+  Moments<floats> many;
+  Moments<float> total;
+  int64_t i = 0;
+  for (; i + BLOCK * LANES <= vocab; i += BLOCK * LANES) {
+    floats z[BLOCK];
+    for (int k = 0; k < BLOCK; ++k) z[k] = logits.template at<floats>(i + k * LANES);
+    add(many, z, per_temperature, hard);
+  }
+  for (; i < vocab; ++i) {
+    const float z[1] = {logits.template at<float>(i)};
+    add(total, z, per_temperature, hard);
+  }
+  for (int lane = 0; lane < LANES; ++lane) {
+    Moments<float> one;
+    one.peak = many.peak[lane], one.sum = many.sum[lane], one.hard = many.hard[lane];
+    total = merged(total, one, per_temperature);
+  }
+  return total;
+}
+
+Sums<float> folded(const Sums<floats>& many, Sums<float> total) {
+  for (int lane = 0; lane < LANES; ++lane) {
+    Sums<float> one;
+    one.forward = many.forward[lane], one.reverse = many.reverse[lane], one.teacher = many.teacher[lane];
+    one.student = many.student[lane], one.agreement = many.agreement[lane];
+    total = merged(total, one);
+  }
+  return total;
+}
+
+template <class In, class Out, int MODE, bool PLAIN>
+void walk(const Arguments& a, int64_t row) {
+  In* const products = static_cast<In*>(a.student) + row * a.student_stride;
+  Out* const gradient = reinterpret_cast<Out*>(products);
+  const int64_t label = a.labels[row], vocab = a.vocab;
+  if (label == IGNORE_INDEX) {
+    if (a.scales != nullptr) memset(gradient, 0, vocab * sizeof(Out));
+    for (int term = 0; term < NUM_TERMS; ++term) a.values[term * a.num_rows + row] = 0.0f;
+    return;
+  }
+  const Logits<In, PLAIN> students{products, a.student_head};
+  const Logits<In, PLAIN> teachers{MODE == LABELS ? products : static_cast<const In*>(a.teacher) + row * a.teacher_stride, a.teacher_head};
+  const bool token = label >= 0 && label < vocab, hard = a.terms & 1 << CROSS_ENTROPY;
+  const int64_t spot = token ? label : 0;
+  const float student_there = students.template at<float>(spot), teacher_there = teachers.template at<float>(spot);
+
+  const Moments<float> s = moments_of(students, vocab, 1.0f / a.temperature, hard && a.temperature != 1.0f);
+  const Moments<float> t = MODE == LABELS ? s : moments_of(teachers, vocab, 1.0f / a.temperature, false);
+  Row r = row_of(a, row, s, t);
+
+  Sums<floats> many;
+  Sums<float> total;
+  auto measure = [&](auto kind, int64_t i) {
+    using V = decltype(kind);
+    const V z = students.template at<V>(i), theirs = teachers.template at<V>(i);
+    const Pair<V> x = pair_of<MODE, V>(z, theirs, r, a.terms);
+    if constexpr (sizeof(V) == sizeof(floats)) {
+      add<MODE, V>(many, x, z, theirs, r, a.terms);
+    } else {
+      add<MODE, V>(total, x, z, theirs, r, a.terms);
+    }
+  };
+  const bool first = MODE == GENERAL || (MODE == FORWARD && a.scales == nullptr);
+  if (first) {
+    sweep(vocab, measure);
+    total = folded(many, total);
+    r.reverse_value = at_least_0(total.reverse);
+    r.student_value = at_least_0(total.student);
+  }
+  if (a.scales != nullptr) {
+    sweep(vocab, [&](auto kind, int64_t i) {
+      using V = decltype(kind);
+      const V z = students.template at<V>(i), theirs = teachers.template at<V>(i);
+      const Pair<V> x = pair_of<MODE, V>(z, theirs, r, a.terms);
+      if constexpr (MODE == FORWARD && sizeof(V) == sizeof(floats)) add<MODE, V>(many, x, z, theirs, r, a.terms);
+      if constexpr (MODE == FORWARD && sizeof(V) == sizeof(float)) add<MODE, V>(total, x, z, theirs, r, a.terms);
+      store(gradient + i, gradient_of<MODE, V>(x, z, all<V>(0.0f), r, a.student_head, a.terms));
+    });
+    if (hard && token) {
+      const Pair<float> x = pair_of<MODE, float>(student_there, teacher_there, r, a.terms);
+      store(gradient + label, gradient_of<MODE, float>(x, student_there, 1.0f, r, a.student_head, a.terms));
+    }
+    if (MODE == FORWARD) total = folded(many, total);
+  }
+  write_values(a, row, r, total, token ? student_there : NAN);
+}
+
+bool plain(const Head& head) { return head.bias == nullptr && head.scale == 1.0f && head.cap == 0.0f; }
+
+using Walk = void (*)(const Arguments&, int64_t);
+
+template <class In, class Out>
+Walk walk_of(const Arguments& a) {
+  static const Walk walks[2][3] = {
+      {walk<In, Out, LABELS, false>, walk<In, Out, FORWARD, false>, walk<In, Out, GENERAL, false>},
+      {walk<In, Out, LABELS, true>, walk<In, Out, FORWARD, true>, walk<In, Out, GENERAL, true>},
+  };
+  return walks[plain(a.student_head) && plain(a.teacher_head)][mode_of(a)];
+}
+
+}  // namespace
+}  // namespace kd
+
+// 0, or 1 for types that it does not know.
+extern "C" int kd_loss_host(const kd::Arguments* arguments) {
+  using namespace kd;
+  const Arguments& a = *arguments;
+  const int types = a.input_type * 2 + a.output_type;
+  if (types != 0 && types != 1 && types != 3) return 1;
+  const Walk walk = types == 0   ? walk_of<float, float>(a)
+                    : types == 1 ? walk_of<float, bfloat16>(a)
+                                 : walk_of<bfloat16, bfloat16>(a);
+#pragma omp parallel for schedule(dynamic, 4) num_threads(a.num_threads)
+  for (int64_t row = 0; row < a.num_rows; ++row) walk(a, row);
+  return 0;
+}
+
+extern "C" int64_t kd_loss_arguments_size() { return sizeof(kd::Arguments); }
