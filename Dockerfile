@@ -34,7 +34,8 @@ RUN mkdir conf kernels \
     && if [ "${FLASH_ATTN}" = 1 ]; then pip install --no-build-isolation --constraint /opt/minitron/keep.txt flash-attn; fi
 COPY . .
 RUN pip install --no-build-isolation --no-deps --force-reinstall . \
-    && mkdir -p /opt/minitron/launch \
+    && mkdir -p /opt/minitron/launch /opt/minitron/kernels \
+    && { python -m minitron.ops.build --out /opt/minitron/kernels || true; } \
     && cp launch/run.py launch/environment.sh launch/torchrun.sh launch/deepspeed.sh /opt/minitron/launch/
 
 FROM ${RUNTIME_IMAGE}
@@ -48,7 +49,8 @@ RUN apt-get update \
     && chown 10001 /work
 COPY --from=build /opt/minitron/venv /opt/minitron/venv
 COPY --from=build /opt/minitron/launch /opt/minitron/launch
-ENV PATH=/opt/minitron/venv/bin:$PATH PYTHONUNBUFFERED=1
+COPY --from=build /opt/minitron/kernels /opt/minitron/kernels
+ENV PATH=/opt/minitron/venv/bin:$PATH PYTHONUNBUFFERED=1 MINITRON_KERNELS=/opt/minitron/kernels
 USER 10001
 WORKDIR /work
 HEALTHCHECK --interval=5m --timeout=60s CMD ["minitron", "--version"]

@@ -5,7 +5,8 @@
 A state of float32 weights and moments lies on the GPU, or in memory where there is none. In turn, every round: the bare copy into host memory that
 is used again (pinned for a GPU), the call of ``Checkpointer.save`` that training waits for, the time until the checkpoint stands, ``torch.save`` of
 the same state to the same disk, without and with fsync. Medians over the rounds after the first, which touches the memory for the first time.
-Fails when the stall exceeds 1.2 times the copy, or a tenth of the torch.save without fsync; writes ``<out>/<machine>/checkpoint.json``.
+Fails when the stall exceeds 1.2 times the copy, or a tenth of the torch.save that is as safe on the disk (with fsync); without fsync torch.save
+ends in the page cache, and beside it the stall is bound by the memory's speed. Writes ``<out>/<machine>/checkpoint.json``.
 """
 
 from __future__ import annotations
@@ -110,11 +111,12 @@ def main() -> int:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    ratios = {"stall to copy": medians["stall"] / medians["copy"], "torch.save to stall": medians["torch.save"] / medians["stall"]}
+    ratios = {"stall to copy": medians["stall"] / medians["copy"]}
+    ratios |= {f"{name} to stall": medians[name] / medians["stall"] for name in ("torch.save", "torch.save, fsync")}
     for name, value in medians.items():
         sys.stdout.write(f"{name:<20}{value:9.3f} s  {size / value / 1e9:7.2f} GB/s  ({min(times[name]):.3f} to {max(times[name]):.3f})\n")
     for name, value in ratios.items():
-        sys.stdout.write(f"{name:<20}{value:9.2f}\n")
+        sys.stdout.write(f"{name:<28}{value:7.2f}\n")
     kind = f"gpu-{torch.cuda.get_device_name().replace(' ', '-').lower()}" if device.type == "cuda" else f"cpu-{platform.machine()}"
     target = arguments.out / kind / "checkpoint.json"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -127,8 +129,8 @@ def main() -> int:
         "ratios": ratios,
     }
     target.write_text(json.dumps(document, indent=1) + "\n")
-    passed = ratios["stall to copy"] <= 1.2 and ratios["torch.save to stall"] >= 10.0
-    sys.stdout.write(f"{'within' if passed else 'OUTSIDE'} the limits of 1.2 copies and a tenth of torch.save; {target}\n")
+    passed = ratios["stall to copy"] <= 1.2 and ratios["torch.save, fsync to stall"] >= 10.0
+    sys.stdout.write(f"{'within' if passed else 'OUTSIDE'} the limits of 1.2 copies and a tenth of torch.save with fsync; {target}\n")
     return 0 if passed else 1
 
 

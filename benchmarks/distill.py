@@ -5,18 +5,22 @@
 
 The teacher is SmolLM2-135M, the student has its shape with 1024 neurons a layer (108M parameters); both learn forward KL alone on the same text,
 with AdamW and clipping. ``plain`` holds both logits and calls ``F.kl_div``; ``trl`` is its GKD trainer off-policy (``lmbda=0, beta=0``), where it
-can be imported; ``cross_entropy`` trains the same student without a teacher. Prints a table and writes ``<out>/<machine>/distill.json``: seconds,
-ratios, peak memory above weights and optimiser in a process of its own, the matrix products alone, and where the time of our step goes.
+can be imported; ``cross_entropy`` trains the same student without a teacher, ``cached_hidden_states`` and ``cached_top_k`` from a stored one.
+Prints a table and writes ``<out>/<machine>/distill.json``: seconds, ratios, peak memory above weights and optimiser in a process of its own, the
+matrix products alone, and where the time of our step goes.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +39,8 @@ from torch import nn  # noqa: E402
 
 from minitron.data import DataConfig, open_text  # noqa: E402
 from minitron.distill import pair as pair_module  # noqa: E402
+from minitron.distill.cache import CacheConfig, CachedSignal, CacheStore, Wanted  # noqa: E402
+from minitron.distill.cache.write import CacheWriter, header_of  # noqa: E402
 from minitron.distill.loop import Progress, train_steps  # noqa: E402
 from minitron.distill.losses import LossConfig  # noqa: E402
 from minitron.distill.pair import StudentLosses, TeacherStudent  # noqa: E402
@@ -92,9 +98,9 @@ class Subject:
 
 
 class Ours:
-    """minitron's loop, pair and local engine; ``teacher`` None trains on cross entropy."""
+    """minitron's loop, pair and local engine; ``teacher`` None trains on cross entropy, and ``cached`` names the signal that is stored first."""
 
-    def __init__(self, subject: Subject, teacher: nn.Module | None, micro: int) -> None:
+    def __init__(self, subject: Subject, teacher: nn.Module | None, micro: int, cached: str | None = None) -> None:
         engine = build_engine(EngineConfig(), optimizer=OptimizerConfig(gradient_clipping=CLIPPING), precision=subject.options.dtype)
         student, batches = subject.student(), subject.batches(micro)
 
@@ -104,9 +110,12 @@ class Ours:
                 return [{"input_ids": ids, "labels": next_token_labels(ids, None)}]
 
         blocks = lambda model: list(model.model.layers)  # noqa: E731
-        signal = None if teacher is None else TeacherSignal(teacher, engine, blocks=blocks(teacher), placement="replicate")
+        signal: Any = None if teacher is None else TeacherSignal(teacher, engine, blocks=blocks(teacher), placement="replicate")
+        if cached is not None:
+            signal = stored(subject, signal, cached, micro)
         terms: dict[str, Any] = {"cross_entropy" if teacher is None else "forward_kl": 1.0}
-        root = StudentLosses(student, LossConfig(terms=terms), compute_dtype=engine.compute_dtype)
+        sparse = signal.sparse if signal is not None else None
+        root = StudentLosses(student, LossConfig(terms=terms), compute_dtype=engine.compute_dtype, sparse=sparse)
         self.pair, self.engine = TeacherStudent(engine.prepare(root, blocks=blocks(student)), signal, module=root), engine
         rate: Callable[[int], float] = lambda step: RATE  # noqa: E731
         self._steps = train_steps(self.pair, engine, Batches(), learning_rate=rate, num_steps=10**9, progress=Progress(), hooks=[])
@@ -115,6 +124,17 @@ class Ours:
     def step(self) -> None:
         report = next(report for report in self._steps if report is not None)
         self.loss = float(report.terms["loss"])
+
+
+def stored(subject: Subject, live: TeacherSignal, signal: str, micro: int) -> CachedSignal:
+    """What the teacher says about all sequences, from files of a folder that is gone when the process is."""
+    folder = Path(tempfile.mkdtemp(prefix="cache."))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    belongs = {"teacher": "", "tokenizer": "", "data": "", "text": {}, "seed": 0, "drawn": [], "num_validation": 0}
+    header = header_of(CacheConfig(signal=signal), Wanted(**belongs, teacher_name="", tokenizer_name=""), live)
+    writer = CacheWriter(folder, live, header, micro_batch=lambda length: micro, shard_bytes=1e9, together=False)
+    writer.write(subject.ids, num_draws=len(subject.ids), stop=lambda: False)
+    return CachedSignal(CacheStore(folder))
 
 
 class Plain:
@@ -177,7 +197,10 @@ def providers(subject: Subject, names: list[str], micro: int) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name in names:
         try:
-            made[name] = Ours(subject, None, micro) if name == "cross_entropy" else makers[name](subject, teacher, micro)
+            if name.startswith("cached_"):
+                made[name] = Ours(subject, teacher, micro, cached=name.removeprefix("cached_"))
+            else:
+                made[name] = Ours(subject, None, micro) if name == "cross_entropy" else makers[name](subject, teacher, micro)
         except ImportError as error:
             print(f"{name}: not measured ({error})", flush=True)
     return made
@@ -227,7 +250,7 @@ def where_time_goes(ours: Ours, steps: int) -> dict[str, float]:
 
     pair: Any = ours.pair
     engine: Any = ours.engine
-    pair.teacher.states = watched("teacher", pair.teacher.states)
+    pair.teacher.says = watched("teacher", pair.teacher.says)
     pair._root = watched("student_and_loss", pair._root)
     engine.backward, engine.step = watched("backward", engine.backward), watched("optimizer", engine.step)
     whole, pair_module.fused_linear_losses = pair_module.fused_linear_losses, watched("loss", pair_module.fused_linear_losses)
@@ -287,7 +310,9 @@ def measure(subject: Subject, names: list[str], micro: int, rounds: int) -> dict
     if GPU:
         return row
     row["peak_bytes"] = {}
-    for name in row["seconds"]:
+    for name in ("ours", "plain", "trl"):
+        if name not in row["seconds"]:
+            continue
         command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", name, "--micro", str(micro)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         row["peak_bytes"][name] = int(done.stdout.splitlines()[-1])
@@ -303,7 +328,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "bf16"), default="float32")
-    parser.add_argument("--ways", nargs="+", default=["ours", "plain", "trl", "cross_entropy"])
+    parser.add_argument("--ways", nargs="+", default=["ours", "plain", "trl", "cross_entropy", "cached_hidden_states", "cached_top_k"])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()

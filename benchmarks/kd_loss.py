@@ -258,14 +258,14 @@ def bandwidth(rows: int = 4096, vocab: int = 128256) -> list[dict[str, Any]]:
 
 
 def _show(row: dict[str, Any]) -> None:
-    floor, naive = row["seconds"]["products"]["median"], row["seconds"]["naive"]["median"]
+    cost = row["cpu_seconds"] or {name: value["median"] for name, value in row["seconds"].items()}
     print(f"{row['rows']} rows, {row['hidden']}/{row['teacher_hidden']} x {row['vocab']}, {row['dtype']}{', near' if row['near'] else ''}")
     for name, value in row["seconds"].items():
         error = " ".join(f"{each:.1e}" for each in row["gradient_errors"].get(name, []))
         cpu = f"  CPU {row['cpu_seconds'][name]:.3f}" if row["cpu_seconds"] else ""
         gigabytes = f"  +{row['extra_bytes'][name] / 1e9:.2f} GB" if row["extra_bytes"] else ""
         spread = f"{value['median']:.4f} ({value['p20']:.4f}-{value['p80']:.4f}) s"
-        print(f"  {name:<22}{spread}{cpu}  {value['median'] / floor:.2f} x GEMMs  {naive / value['median']:.2f} x naive  {error}{gigabytes}")
+        print(f"  {name:<22}{spread}{cpu}  {cost[name] / cost['products']:.2f} x GEMMs  {cost['naive'] / cost[name]:.2f} x naive  {error}{gigabytes}")
 
 
 def main() -> None:

@@ -80,10 +80,23 @@ def init(timeout_seconds: float = 1800.0) -> None:
         return
     backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
     try:
-        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+        _join(backend, datetime.timedelta(seconds=timeout_seconds))
     except (torch.distributed.DistError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise LaunchError(f"rank {rank()} of {world_size()} cannot join the process group at {address}: {error}") from error
+
+
+def _join(backend: str, timeout: datetime.timedelta) -> None:
+    """Make the process group. Where torchrun has started the ranks again, its store still holds the addresses of those that died: look elsewhere."""
+    import torch.distributed
+
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt == 0:
+        torch.distributed.init_process_group(backend, timeout=timeout)
+        return
+    store, my_rank, size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    store = torch.distributed.PrefixStore(f"attempt-{attempt}", store)
+    torch.distributed.init_process_group(backend, timeout=timeout, store=store, rank=my_rank, world_size=size)
 
 
 def init_single() -> None:

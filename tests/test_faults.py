@@ -119,7 +119,14 @@ def _stop_one(words: list[str], folder: Path) -> None:
 def test_the_launcher_starts_a_killed_job_again(place: Path, tmp_path: Path) -> None:
     """torchrun with one restart: rank 1 is killed, both ranks come back and go on from the checkpoint."""
     words = distill_words(place, tmp_path / "run", "training.num_steps=300", engine="fsdp")
-    environment = {**os.environ, "PYTHON": sys.executable, "NPROC_PER_NODE": "2", "MAX_RESTARTS": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "NPROC_PER_NODE": "2",
+        "MAX_RESTARTS": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     command = ["bash", str(Path(__file__).resolve().parents[1] / "launch" / "torchrun.sh"), *words]
     with (tmp_path / "log").open("w") as log, subprocess.Popen(command, env=environment, stdout=log, stderr=log) as job:
         end = time.monotonic() + 120

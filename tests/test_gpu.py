@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from helpers_losses import CASES, case_id, reference, whole_logits
+from test_kd_loss import CAPPED, NAMES, call, draw, exact
 
 from minitron.distill.cache import CacheConfig
 from minitron.distill.cache.compress import compress, decompress, uniform_draws
 from minitron.distill.losses import LossConfig, build_losses, sparse_losses
-from minitron.ops.head import Head, LogitTransform
+from minitron.ops.head import PLAIN, Head, LogitTransform
+from minitron.ops.kd_chunk import SWITCH
 from minitron.ops.kd_loss import IGNORE_INDEX, fused_linear_losses
+from minitron.ops.kd_rows import TERMS, kd_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -51,8 +57,8 @@ def test_chunked_loss_on_the_gpu_equals_float64(case: LossConfig, transform: Log
         return tuple(x.double().cpu() for x in (total.detach(), h.grad, w.grad, b.grad))
 
     expected = run("cpu", torch.float64, torch.float64)
-    for ours, exact in zip(run("cuda", dtype, dtype), expected, strict=True):
-        assert float((ours - exact).norm() / exact.norm()) < tolerance
+    for ours, wanted in zip(run("cuda", dtype, dtype), expected, strict=True):
+        assert float((ours - wanted).norm() / wanted.norm()) < tolerance
 
 
 @pytest.mark.parametrize(
@@ -77,3 +83,79 @@ def test_stored_targets_on_the_gpu_equal_those_of_the_cpu(config: CacheConfig) -
     assert int(same.sum()) >= 62
     for a, b in zip(numbers, others, strict=True):
         torch.testing.assert_close(a[same], b[same], rtol=1e-4, atol=1e-5)
+
+
+def on_the_gpu(variant: str) -> Callable[..., torch.Tensor]:
+    """The op on copies on the GPU; what it leaves in the products comes back bit for bit."""
+
+    def function(student: torch.Tensor, *rest: Any) -> torch.Tensor:
+        there = student.cuda()
+        values = kd_rows(there, *(each.cuda() if isinstance(each, torch.Tensor) else each for each in rest), variant)
+        student.copy_(there)
+        return values.cpu()
+
+    return function
+
+
+@pytest.mark.parametrize("variant", ["streaming", "on_chip"])
+@pytest.mark.parametrize("vocab", [1, 9, 1001, 4096, 49152, 128256])
+def test_row_kernels_on_the_gpu_equal_float64(vocab: int, variant: str) -> None:
+    """Types, tails and clusters of every size, plain heads and capped ones, single terms and their mixture."""
+    for transforms in ((PLAIN, PLAIN), CAPPED):
+        p = draw(4, vocab, seed=vocab, bias=transforms is CAPPED)
+        for names in (("cross_entropy",), ("forward_kl",), NAMES):
+            values, gradient = call(on_the_gpu(variant), p, names, temperature=2.0, transforms=transforms)
+            rows, slope = exact(p, names, 2.0, transforms)
+            for name in names:
+                torch.testing.assert_close(values[TERMS.index(name)].double(), rows[TERMS.index(name)], rtol=5e-5, atol=1e-5)
+            assert float((gradient - slope).abs().max()) <= 2e-5 * float(slope.abs().max()) + 1e-7
+            measured, _ = call(on_the_gpu(variant), p, names, temperature=2.0, transforms=transforms, gradient=False)
+            torch.testing.assert_close(measured, values, rtol=1e-6, atol=1e-6)
+            _, narrow = call(on_the_gpu(variant), p, names, temperature=2.0, transforms=transforms, out=torch.bfloat16)
+            assert torch.equal(narrow, gradient.bfloat16())
+            half = p | {"student": p["student"].bfloat16(), "teacher": p["teacher"].bfloat16()}
+            found = call(on_the_gpu(variant), half, names, temperature=2.0, transforms=transforms, out=torch.bfloat16)[1]
+            slope = exact(half, names, 2.0, transforms)[1]
+            assert float(((found - slope).abs() - slope.abs() / 240).max()) <= 1e-6
+
+
+@pytest.mark.parametrize("variant", ["streaming", "on_chip"])
+def test_masked_extreme_and_equal_rows_on_the_gpu(variant: str) -> None:
+    p = draw(6, 5000, seed=4)
+    masked = p["labels"] == IGNORE_INDEX
+    clean = call(on_the_gpu(variant), p, NAMES)
+    for key in ("student", "teacher"):
+        p[key][masked] = float("nan")
+    for ours, theirs in zip(call(on_the_gpu(variant), p, NAMES), clean, strict=True):
+        assert torch.equal(ours, theirs)
+    p = draw(6, 5000, seed=3, spread=1e4 / 3, apart=1e3)
+    assert all(torch.isfinite(found).all() for found in call(on_the_gpu(variant), p, NAMES))
+    p = draw(6, 5000, seed=1, apart=0.0)
+    p["scales"][3:] = 0.0
+    values, gradient = call(on_the_gpu(variant), p, NAMES[:3])
+    assert 0.0 <= float(values.min()) and float(values.max()) <= 1e-6 and float(gradient.abs().max()) <= 1e-6
+
+
+def test_the_loss_on_the_gpu_is_one_under_all_implementations_and_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(300, 64, device="cuda", dtype=torch.bfloat16), torch.randn(1000, 64, device="cuda", dtype=torch.bfloat16) / 4
+    theirs = {"teacher_hidden": torch.randn_like(hidden), "teacher_head": Head(torch.randn_like(weight)), "compute_dtype": torch.bfloat16}
+    labels, denominator = torch.randint(0, 1000, (300,), device="cuda"), torch.tensor(300.0, device="cuda")
+    losses = build_losses(LossConfig(terms={"forward_kl": 1.0, "cross_entropy": 0.2}))
+
+    def run(name: str) -> list[torch.Tensor]:
+        monkeypatch.setenv(SWITCH, name)
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        fused_linear_losses(h, Head(w), labels, losses, denominator=denominator, chunk_size=128, **theirs)[0].backward()
+        assert h.grad is not None and w.grad is not None
+        return [h.grad, w.grad]
+
+    expected = run("torch")
+    for name in ("cuda_streaming", "cuda_on_chip", "auto"):
+        for ours, other in zip(run(name), expected, strict=True):
+            assert float((ours.float() - other.float()).norm() / other.float().norm()) < 1e-2
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(name)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

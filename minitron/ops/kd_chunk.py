@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -82,6 +82,12 @@ def name_bad_rows(hidden: Mapping[str, torch.Tensor | None], labels: torch.Tenso
             logger.warning("the %s's hidden state is not finite in row %d of %d (and %d others)", whose, bad[0], len(labels), len(bad) - 1)
 
 
+@lru_cache(maxsize=256)
+def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A vector that stays on its device: copying one there each time would make the host wait. ``dtype`` tells 1 from 1.0, which are one key."""
+    return torch.tensor(values, device=device, dtype=dtype)
+
+
 @dataclass
 class KernelChunks:
     """Chunks of rows for :func:`kd_rows`; ``scales`` [losses, tokens] say what every row counts in every loss, before its ``weights``."""
@@ -96,10 +102,10 @@ class KernelChunks:
     _buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        kinds = torch.tensor([TERMS.index(term.kind) for term in self.terms], device=self.scales.device)
-        weights = torch.tensor(self.weights, device=self.scales.device)[:, None]
+        self._kinds = constant(tuple(TERMS.index(term.kind) for term in self.terms), self.scales.device, torch.int64)
+        weights = constant(self.weights, self.scales.device)[:, None]
         zeros = self.scales.new_zeros(len(TERMS), self.scales.shape[1])
-        self._kinds, self._slopes = kinds, zeros.index_add_(0, kinds, self.scales * weights)
+        self._slopes = zeros.index_add_(0, self._kinds, self.scales * weights)
 
     def terms_of(
         self,

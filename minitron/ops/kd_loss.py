@@ -19,7 +19,7 @@ from minitron.core.protocols import RowLoss
 from minitron.core.sparse import SparseTargets, with_tensors
 from minitron.log import get_logger
 from minitron.ops.head import Head
-from minitron.ops.kd_chunk import KernelChunks, choose, name_bad_rows, row_term
+from minitron.ops.kd_chunk import KernelChunks, choose, constant, name_bad_rows, row_term
 from minitron.ops.kd_gradients import Gradients
 from minitron.ops.kd_rows import IGNORE_INDEX as IGNORE_INDEX
 
@@ -190,7 +190,7 @@ class _ChunkedLoss(torch.autograd.Function):
         last = None if bias is None or gradients.bias is None else gradients.bias.to(bias.dtype)
         ctx.save_for_backward(gradients.hidden, None if gradients.weight is None else gradients.weight.to(weight.dtype), last)
         ctx.mark_non_differentiable(values)
-        weights = torch.tensor([loss.weight for loss in walk.losses], device=values.device)
+        weights = constant(tuple(loss.weight for loss in walk.losses), values.device)
         return (values * weights).sum(), values
 
     @staticmethod

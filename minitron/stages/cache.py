@@ -43,7 +43,7 @@ def run(context: StageContext, out: Path) -> dict[str, Any]:
     place = replace(sections.teacher, placement=cache.placement or sections.teacher.placement).place
     wanted = wanted_by(context, teacher=dist.broadcast_object(fingerprint_folder(context.teacher_folder()) if dist.is_main() else ""))
     engine = build_engine(sections.engine, optimizer=OptimizerConfig(), precision="float32")
-    model = context.load_teacher(device=torch.device("cpu"))
+    model = context.load_teacher(lazily=True)
     source = TeacherSignal(model, engine, blocks=blocks_of(model), placement=place, separator=context.separator())
     header = header_of(cache, wanted, source)
     num_draws = sum(count for _, count in wanted.drawn) + wanted.num_validation
