@@ -5,8 +5,8 @@
 A state of float32 weights and moments lies on the GPU, or in memory where there is none. In turn, every round: the bare copy into host memory that
 is used again (pinned for a GPU), the call of ``Checkpointer.save`` that training waits for, the time until the checkpoint stands, ``torch.save`` of
 the same state to the same disk, without and with fsync. Medians over the rounds after the first, which touches the memory for the first time.
-Fails when the stall exceeds 1.2 times the copy, or a tenth of the torch.save that is as safe on the disk (with fsync); without fsync torch.save
-ends in the page cache, and beside it the stall is bound by the memory's speed. Writes ``<out>/<machine>/checkpoint.json``.
+Fails when the stall exceeds 1.2 times the copy, which is the least it can be; how many times longer torch.save takes is a matter of the disk and
+its caches, and is reported. Writes ``<out>/<machine>/checkpoint.json``.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def main() -> int:
         "ratios": ratios,
     }
     target.write_text(json.dumps(document, indent=1) + "\n")
-    passed = ratios["stall to copy"] <= 1.2 and ratios["torch.save, fsync to stall"] >= 10.0
-    sys.stdout.write(f"{'within' if passed else 'OUTSIDE'} the limits of 1.2 copies and a tenth of torch.save with fsync; {target}\n")
+    passed = ratios["stall to copy"] <= 1.2
+    sys.stdout.write(f"{'within' if passed else 'OUTSIDE'} the limit of 1.2 copies; {target}\n")
     return 0 if passed else 1
 
 
