@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import gc
 import json
 import platform
 import shutil
@@ -37,6 +38,7 @@ import yaml  # noqa: E402
 from paper_claims.texts import text_files  # noqa: E402
 from torch import nn  # noqa: E402
 
+from minitron.core.cost import device, training_flops  # noqa: E402
 from minitron.data import DataConfig, open_text  # noqa: E402
 from minitron.distill import pair as pair_module  # noqa: E402
 from minitron.distill.cache import CacheConfig, CachedSignal, CacheStore, Wanted  # noqa: E402
@@ -46,7 +48,7 @@ from minitron.distill.losses import LossConfig  # noqa: E402
 from minitron.distill.pair import StudentLosses, TeacherStudent  # noqa: E402
 from minitron.distill.teacher import TeacherSignal  # noqa: E402
 from minitron.engine import EngineConfig, OptimizerConfig, build_engine  # noqa: E402
-from minitron.models import TeacherConfig, load_causal_lm, load_tokenizer, resolve_teacher  # noqa: E402
+from minitron.models import TeacherConfig, discover, load_causal_lm, load_tokenizer, resolve_teacher  # noqa: E402
 from minitron.ops.documents import next_token_labels  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -284,6 +286,35 @@ def _status(key: str) -> int:
     return 1024 * int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0])
 
 
+def one_by_one(subject: Subject, names: list[str], micro: int, rounds: int) -> dict[str, Any]:
+    """Models that fill a GPU: one way after the other, with the share of the H100's and H200's peak that its useful FLOPs are."""
+    tokens = micro * subject.options.length
+    row: dict[str, Any] = {"tokens": tokens, "seconds": {}, "tokens_per_second": {}, "mfu": {}, "peak_bytes": {}}
+    for name in names:
+        made = providers(subject, [name], micro)
+        teacher = None if name == "cross_entropy" else discover(made[name].pair.teacher.config).architecture
+        student = discover(made[name].pair.module.student.config).architecture
+        seconds = []
+        for turn in range(rounds + 3):
+            before = clocks()[0]
+            made[name].step()
+            if turn >= 3:
+                seconds.append(clocks()[0] - before)
+        flops = training_flops(student, teacher, num_tokens=tokens, sequence_length=subject.options.length)
+        row["seconds"][name] = statistics.median(seconds)
+        row["tokens_per_second"][name] = tokens / row["seconds"][name]
+        row["mfu"][name] = flops / row["seconds"][name] / device("h200").flops
+        row["peak_bytes"][name] = torch.cuda.max_memory_allocated() if GPU else _status("VmHWM")
+        if name == "ours":
+            row["shares"] = where_time_goes(made[name], 3)
+        made.clear()
+        gc.collect()
+        if GPU:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    return row
+
+
 def measure(subject: Subject, names: list[str], micro: int, rounds: int) -> dict[str, Any]:
     """One micro-batch size: all ways in turns."""
     made = providers(subject, names, micro)
@@ -342,7 +373,7 @@ def main() -> None:
     document: dict[str, Any] = {"command": " ".join(["python benchmarks/distill.py", *words]), "torch": torch.__version__}
     document |= {"threads": torch.get_num_threads(), "dtype": options.dtype, "rows": []}
     for micro in options.micro:
-        row = measure(subject, options.ways, micro, options.rounds)
+        row = (one_by_one if options.shapes else measure)(subject, options.ways, micro, options.rounds)
         document["rows"].append(row | {"loadavg": Path("/proc/loadavg").read_text().split()[:3]})
         (folder / "distill.json").write_text(json.dumps(document, indent=1) + "\n")
         print(json.dumps(row, indent=1), flush=True)
