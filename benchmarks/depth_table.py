@@ -165,7 +165,8 @@ def write_page(results: dict[str, Any], path: Path) -> None:
         "# Which layers to remove: SmolLM2-135M",
         "",
         f"SmolLM2-135M-Instruct (30 layers; weights restored from 4-bit ones, float32), State of the Union addresses: {tokens[0]:,} tokens for "
-        f"scoring, {tokens[1]:,} held-out tokens in sequences of {setting['length']}. Documents joined (`data.packing=joined`). Loss in nats per token right after removal, no training. "
+        f"scoring, {tokens[1]:,} held-out tokens in sequences of {setting['length']}. Documents joined (`data.packing=joined`). "
+        "Loss in nats per token right after removal, no training. "
         + (
             f"Accuracy on {setting['items']} minimal pairs of BLiMP spread over its paradigms; its standard error is about {error:.2f}. "
             if with_task

@@ -84,7 +84,7 @@ class Subject:
         assert folder is not None
         self.folder, self.tokenizer = folder, load_tokenizer(folder)
         config = DataConfig(path=str(text_files(options.data)["train"]), validation_fraction=0.0, sequence_length=options.length)
-        self.ids = open_text(config, self.tokenizer, seed=0).take(64, split="train", seed=0)
+        self.ids = open_text(config, self.tokenizer, seed=0).take(16, split="train", seed=0)
 
     def teacher(self) -> nn.Module:
         model = build("8b", self.dtype) if self.options.shapes else load_causal_lm(self.folder, dtype=self.dtype, device=DEVICE)

@@ -146,7 +146,8 @@ def page_of(document: dict[str, Any], cuts: list[tuple[str, str]]) -> str:
         f"SmolLM2-135M-Instruct in float32, {settings['calibration']} x {settings['length']} calibration tokens "
         f"({settings['gradient_samples']} sequences for taylor), loss in nats per token over {settings['held_out']} x {settings['length']} held-out",
         f"tokens of another file ({document['text']['train']}, {document['text']['validation']}); the whole teacher has {whole:.3f}.",
-        "Documents joined (`data.packing=joined`). No training after the cut; norms rescaled. `activation A, B` aggregates by A over samples, B over the sequence. `random` is the mean of",
+        "Documents joined (`data.packing=joined`). No training after the cut; norms rescaled.",
+        "`activation A, B` aggregates by A over samples, B over the sequence. `random` is the mean of",
         f"{len(drawn)} draws. This teacher has 3 kv groups of 3 heads, so heads and groups go by thirds. Lowest of each column in bold.",
         "",
         "Written by `python benchmarks/importance.py --table`.",
