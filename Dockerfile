@@ -1,11 +1,12 @@
 # minitron in a container:  docker build -t minitron .  &&  docker run --gpus all -v "$PWD:/work" minitron compress experiment=…
 #
 #   BASE_IMAGE     an image with apt and, for the fused kernels, nvcc; a torch that its python3 has is kept
-#   RUNTIME_IMAGE  of the final stage, if it is to be another one than BASE_IMAGE
+#   RUNTIME_IMAGE  of the final stage, of the same distribution; give BASE_IMAGE's where that brings its own torch
 #   TORCH          requirement or wheel address, where the base has no torch
 #   FLASH_ATTN     1: builds flash-attn too (takes long)
 ARG BASE_IMAGE=nvidia/cuda:13.0.2-devel-ubuntu24.04
-ARG RUNTIME_IMAGE=${BASE_IMAGE}
+# Without compiler and libraries of CUDA, 7 GB less: torch's wheels bring their own, and the kernels are built in the stage before.
+ARG RUNTIME_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
 
 FROM ${BASE_IMAGE} AS build
 ARG TORCH="torch>=2.11"
@@ -36,6 +37,7 @@ COPY . .
 RUN pip install --no-build-isolation --no-deps --force-reinstall . \
     && mkdir -p /opt/minitron/launch /opt/minitron/kernels \
     && { python -m minitron.ops.build --out /opt/minitron/kernels || true; } \
+    && { ! command -v nvcc > /dev/null || test -n "$(find /opt/minitron/kernels -name '*-cuda-*.so')"; } \
     && cp launch/run.py launch/environment.sh launch/torchrun.sh launch/deepspeed.sh /opt/minitron/launch/
 
 FROM ${RUNTIME_IMAGE}

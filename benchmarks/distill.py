@@ -5,9 +5,10 @@
 
 The teacher is SmolLM2-135M, the student has its shape with 1024 neurons a layer (108M parameters); both learn forward KL alone on the same text,
 with AdamW and clipping. ``plain`` holds both logits and calls ``F.kl_div``; ``trl`` is its GKD trainer off-policy (``lmbda=0, beta=0``), where it
-can be imported; ``cross_entropy`` trains the same student without a teacher, ``cached_hidden_states`` and ``cached_top_k`` from a stored one.
-Prints a table and writes ``<out>/<machine>/distill.json``: seconds, ratios, peak memory above weights and optimiser in a process of its own, the
-matrix products alone, and where the time of our step goes.
+can be imported; ``selective`` is ours with ``engine.activation_checkpointing=selective``; ``cross_entropy`` trains the same student without a
+teacher, ``cached_hidden_states`` and ``cached_top_k`` from a stored one. Writes ``<out>/<machine>/distill.json`` and, on a CPU,
+``<out>/distill.md``: seconds, ratios, peak memory above weights and optimiser in a process of its own, the matrix products alone, and where the time
+of our step goes. Micro-batches whose row the file holds already, under the same command, are not measured again.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ host.prepare()  # the settings under which minitron itself runs, and before torc
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
+from distill_page import write_page  # noqa: E402
 from paper_claims.texts import text_files  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -43,11 +45,12 @@ from minitron.data import DataConfig, open_text  # noqa: E402
 from minitron.distill import pair as pair_module  # noqa: E402
 from minitron.distill.cache import CacheConfig, CachedSignal, CacheStore, Wanted  # noqa: E402
 from minitron.distill.cache.write import CacheWriter, header_of  # noqa: E402
-from minitron.distill.loop import Progress, train_steps  # noqa: E402
+from minitron.distill.loop import Progress, StepReport, train_steps  # noqa: E402
 from minitron.distill.losses import LossConfig  # noqa: E402
 from minitron.distill.pair import StudentLosses, TeacherStudent  # noqa: E402
 from minitron.distill.teacher import TeacherSignal  # noqa: E402
 from minitron.engine import EngineConfig, OptimizerConfig, build_engine  # noqa: E402
+from minitron.engine.recompute import checkpoint_activations  # noqa: E402
 from minitron.models import TeacherConfig, discover, load_causal_lm, load_tokenizer, resolve_teacher  # noqa: E402
 from minitron.ops.documents import next_token_labels  # noqa: E402
 
@@ -102,7 +105,7 @@ class Subject:
 class Ours:
     """minitron's loop, pair and local engine; ``teacher`` None trains on cross entropy, and ``cached`` names the signal that is stored first."""
 
-    def __init__(self, subject: Subject, teacher: nn.Module | None, micro: int, cached: str | None = None) -> None:
+    def __init__(self, subject: Subject, teacher: nn.Module | None, micro: int, cached: str | None = None, checkpointing: str = "none") -> None:
         engine = build_engine(EngineConfig(), optimizer=OptimizerConfig(gradient_clipping=CLIPPING), precision=subject.options.dtype)
         student, batches = subject.student(), subject.batches(micro)
 
@@ -112,6 +115,7 @@ class Ours:
                 return [{"input_ids": ids, "labels": next_token_labels(ids, None)}]
 
         blocks = lambda model: list(model.model.layers)  # noqa: E731
+        checkpoint_activations(student, checkpointing)
         signal: Any = None if teacher is None else TeacherSignal(teacher, engine, blocks=blocks(teacher), placement="replicate")
         if cached is not None:
             signal = stored(subject, signal, cached, micro)
@@ -124,7 +128,7 @@ class Ours:
         self.loss = float("nan")
 
     def step(self) -> None:
-        report = next(report for report in self._steps if report is not None)
+        report = next(report for report in self._steps if isinstance(report, StepReport))
         self.loss = float(report.terms["loss"])
 
 
@@ -201,6 +205,8 @@ def providers(subject: Subject, names: list[str], micro: int) -> dict[str, Any]:
         try:
             if name.startswith("cached_"):
                 made[name] = Ours(subject, teacher, micro, cached=name.removeprefix("cached_"))
+            elif name == "selective":
+                made[name] = Ours(subject, teacher, micro, checkpointing="selective")
             else:
                 made[name] = Ours(subject, None, micro) if name == "cross_entropy" else makers[name](subject, teacher, micro)
         except ImportError as error:
@@ -341,7 +347,7 @@ def measure(subject: Subject, names: list[str], micro: int, rounds: int) -> dict
     if GPU:
         return row
     row["peak_bytes"] = {}
-    for name in ("ours", "plain", "trl"):
+    for name in ("ours", "selective", "plain", "trl"):
         if name not in row["seconds"]:
             continue
         command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", name, "--micro", str(micro)]
@@ -359,7 +365,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "bf16"), default="float32")
-    parser.add_argument("--ways", nargs="+", default=["ours", "plain", "trl", "cross_entropy", "cached_hidden_states", "cached_top_k"])
+    parser.add_argument("--ways", nargs="+", default=["ours", "selective", "plain", "trl", "cross_entropy", "cached_hidden_states", "cached_top_k"])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -372,10 +378,18 @@ def main() -> None:
     words = [f"<{Path(word).name}>" if Path(word).is_absolute() else word for word in sys.argv[1:]]
     document: dict[str, Any] = {"command": " ".join(["python benchmarks/distill.py", *words]), "torch": torch.__version__}
     document |= {"threads": torch.get_num_threads(), "dtype": options.dtype, "rows": []}
+    known = folder / "distill.json"
+    before = json.loads(known.read_text()) if known.is_file() else {}
+    if all(before.get(key) == document[key] for key in ("command", "torch", "threads", "dtype")):
+        document["rows"] = before["rows"]
     for micro in options.micro:
+        if any(row["tokens"] == micro * options.length for row in document["rows"]):
+            continue
         row = (one_by_one if options.shapes else measure)(subject, options.ways, micro, options.rounds)
         document["rows"].append(row | {"loadavg": Path("/proc/loadavg").read_text().split()[:3]})
         (folder / "distill.json").write_text(json.dumps(document, indent=1) + "\n")
+        if not GPU:
+            write_page(options.out, document)
         print(json.dumps(row, indent=1), flush=True)
 
 

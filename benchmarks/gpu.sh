@@ -14,6 +14,7 @@ status=0
 "$python" -m minitron.ops.build || status=$? # compiled once here, so that no measurement waits for a compiler
 "$python" -m pytest -m gpu "$root/tests" -q || status=$?
 "$python" "$root/benchmarks/kd_loss.py" --out "$out" || status=$?
+"$python" "$root/benchmarks/sparse_matmul.py" --out "$out" || status=$?
 # Random weights in the shapes of Llama-3.1-8B and its 4B student: how fast a step is beside plain training of the same student.
 "$python" "$root/benchmarks/distill.py" --shapes 8b-4b --micro 1 --length 8192 --rounds 12 --dtype bf16 --ways ours cross_entropy --out "$out" || status=$?
 exit "$status"

@@ -1,16 +1,17 @@
-"""The candidate search on SmolLM2-135M and real text: what a shared teacher saves, what halving saves, and what it costs in the choice.
+"""The candidate search on small models and real text: when an order settles, what halving and one teacher for all save, and at what price.
 
-    python benchmarks/search.py [--candidates 12 --steps 60 --seeds 0 1 2 --length 128 --batch-size 4] [--k 8 --k-steps 4] [--out docs/benchmarks]
+    python benchmarks/search.py --only toy --data TEXT.jsonl --teacher FOLDER   # 18 candidates, 300 steps, three seeds; the claims' toy teacher
+    python benchmarks/search.py --only smollm2                                  # 6 candidates of SmolLM2-135M, 60 steps
+    python benchmarks/search.py --only shared [--k 8 --k-steps 4]               # 8 candidates side by side, and as 8 runs with a teacher each
+    python benchmarks/search.py --only page                                     # only write the page from what is done
 
-1. ``shared``: ``k`` candidates for a few steps side by side, and as ``k`` runs with a teacher each, in turns (A B A B) in one process: seconds, their
-   ratio, teacher forwards counted, and the ratio of FLOPs that the cost model says.
-2. ``halving``: for every seed a full ranking and one by halving: exact FLOPs of both, whether they choose the same, the regret of what halving chose,
-   and the standard error of the lead (paired bootstrap over held-out sequences).
-3. ``replay``: halving on the recorded curves of the full rankings, over subsets of the candidates: how often it finds the best or one that is no
-   worse than two standard errors, and at which share of the steps.
+1. ``toy``, ``smollm2``: for every seed a full ranking and one by halving. Written down: everybody's rank before training and after 25, 50 and 100%
+   of the steps, Kendall's τ of every evaluation with the end, exact FLOPs of both, the regret of what halving chose beside the standard error of the
+   lead (paired bootstrap over the held-out sequences), and how often halving finds the best on subsets of the recorded curves.
+2. ``shared``: seconds of processor time of both ways in turns (A B A B) in one process, beside the ratio of FLOPs that the cost model says.
 
-Text is the documentation of the running Python. Writes ``<out>/<machine>/search.json`` after every part; run folders stay in ``--folder`` and are
-gone on with.
+Rankings are gone on with where they were, at any point: run folders stay in ``--folder``. Writes ``<out>/<machine>/search.json`` and
+``<out>/search.md`` after every part.
 """
 
 from __future__ import annotations
@@ -23,75 +24,106 @@ import shutil
 import statistics
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minitron import host
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from minitron import host  # noqa: E402
 
 host.prepare()  # the settings under which minitron itself runs, and before torch is loaded
 
 import torch  # noqa: E402
+from search_page import write_page  # noqa: E402
 
 from minitron.cli import main as minitron  # noqa: E402
 from minitron.search.race import RaceRules, halving_rungs, losses_at, replay  # noqa: E402
-from minitron.search.statistics import paired_gap  # noqa: E402
+from minitron.search.statistics import kendall_tau, paired_gap  # noqa: E402
 from minitron.search.trials import Record  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+SHARES = (0.0, 0.25, 0.5, 1.0)
 
 
-def words(options: argparse.Namespace, run: Path, *, candidates: int, steps: int, seed: int = 0) -> list[str]:
-    """Overrides of one ranking: the quickstart's teacher and text, a wider space."""
-    space = ["search.num_layers=[20,24,27,30]", "search.hidden_size=[432,504,576]", "search.ffn_size={from: 768, to: 1536, step: 128}"]
-    sizes = [f"data.sequence_length={options.length}", f"training.batch_size={options.batch_size}", f"training.micro_batch_size={options.batch_size}"]
-    target = [f"target.ratio={options.ratio}", "target.tolerance=0.05", f"search.num_candidates={candidates}", "importance.num_samples=16"]
-    ranking = [f"ranking.num_steps={steps}", f"ranking.evaluate_every={max(steps // 12, 1)}", f"ranking.num_validation_sequences={options.held_out}"]
-    more = ["ranking.num_warmup_steps=2", "ranking.checkpoint_every=0", "training.precision=float32", f"seed={seed}", f"run_dir={run}"]
-    return ["experiment=quickstart", "search=grid", *space, *sizes, *target, *ranking, *more]
+@dataclass(frozen=True)
+class Suite:
+    """A teacher, a space and a length; ``words`` are overrides for all stages."""
+
+    words: tuple[str, ...]
+    candidates: int
+    steps: int
+    every: int
+    held_out: int
+    seeds: tuple[int, ...]
 
 
-def begin(options: argparse.Namespace, run: Path, overrides: list[str]) -> Path:
+_SMOLLM2 = (
+    "experiment=quickstart",
+    "search=grid",
+    "search.num_layers=[20,24,27,30]",
+    "search.hidden_size=[432,504,576]",
+    "search.ffn_size={from: 768, to: 1536, step: 128}",
+    "data.sequence_length=128",
+    "training.batch_size=4",
+    "training.micro_batch_size=4",
+    "target.ratio=0.5",
+    "target.tolerance=0.05",
+    "importance.num_samples=16",
+    "ranking.num_warmup_steps=2",
+)
+_TOY = (
+    "search.num_layers=[3,4,5,6]",
+    "search.hidden_size=[96,112,128,144,160,176,192]",
+    "search.ffn_size={from: 192, to: 768, step: 64}",
+    "search.num_heads=[4,6]",
+    "search.num_kv_heads=[2,3]",
+    "data.sequence_length=128",
+    "data.validation_fraction=0.1",
+    "training.num_steps=1",
+    "training.batch_size=2",
+    "training.micro_batch_size=2",
+    "training.learning_rate=1e-3",
+    "target.ratio=0.45",
+    "target.tolerance=0.05",
+    "importance.num_samples=64",
+    "teacher.dtype=float32",
+    "ranking.num_warmup_steps=10",
+)
+SUITES = {
+    "toy": Suite(_TOY, 18, 300, 25, 24, (0, 1, 2)),
+    "smollm2": Suite(_SMOLLM2, 6, 60, 5, 16, (0,)),
+}
+
+
+def overrides(suite: Suite, options: argparse.Namespace, run: Path, *, seed: int) -> list[str]:
+    """The words of one ranking."""
+    words = [*suite.words, f"search.num_candidates={suite.candidates}", f"ranking.num_steps={suite.steps}", f"ranking.evaluate_every={suite.every}"]
+    words += [f"ranking.num_validation_sequences={suite.held_out}", "ranking.checkpoint_every=100", "training.precision=float32"]
+    words += [f"data.path={options.data}"] if options.data else []
+    words += [f"teacher.path={options.teacher}"] if options.teacher else []
+    return [*words, f"seed={seed}", f"run_dir={run}"]
+
+
+def begin(run: Path, words: list[str]) -> Path:
     """A run folder with scores and candidates."""
     for stage in ("importance", "search"):
-        assert minitron([stage, *overrides]) == 0
+        if minitron([stage, *words]) != 0:
+            sys.exit(2)
     return run
 
 
-def rank(run: Path, base: Path, overrides: list[str], *more: str) -> tuple[dict[str, Any], float]:
-    """A ranking in a copy of a run that has candidates, unless it is there already; its document and seconds."""
+def rank(run: Path, base: Path, words: list[str], *more: str) -> tuple[dict[str, Any], float]:
+    """A ranking in a copy of a run that has candidates, unless it is there already; its document, and seconds of processor time."""
     if not run.is_dir():
         shutil.copytree(base, run, ignore=shutil.ignore_patterns("ranking*"))
-    started = time.perf_counter()
-    assert minitron(["rank", *[word for word in overrides if not word.startswith("run_dir=")], f"run_dir={run}", *more]) == 0
+    started = time.process_time()
+    if minitron(["rank", *[word for word in words if not word.startswith("run_dir=")], f"run_dir={run}", *more]) != 0:
+        sys.exit(2)
     path = run / "ranking" / "ranking.json"
-    return json.loads(path.read_text()) if path.is_file() else {}, time.perf_counter() - started
-
-
-def shared_teacher(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Seconds of ``k`` candidates side by side and alone."""
-    overrides = words(options, folder / "k", candidates=options.k, steps=options.k_steps)
-    base = begin(options, folder / "k", overrides)
-    seconds: dict[str, list[float]] = {"shared": [], "independent": []}
-    document: dict[str, Any] = {}
-    for turn in range(options.repeats):
-        for way in ("shared", "independent"):
-            run = folder / f"k-{way}-{turn}"
-            shutil.rmtree(run, ignore_errors=True)
-            tasks = [()] if way == "shared" else [(f"ranking.task={number}/{options.k}",) for number in range(options.k)]
-            spent = 0.0
-            for task in tasks:
-                found, took = rank(run, base, overrides, *task)
-                spent, document = spent + took, found or document
-            seconds[way].append(spent)
-    cost = document["cost"]
-    return {
-        "k": options.k,
-        "steps": options.k_steps,
-        "seconds": seconds,
-        "ratio": statistics.median(seconds["independent"]) / statistics.median(seconds["shared"]),
-        "flops_ratio": cost["independent"] / cost["shared"],
-        "teacher_forwards": json.loads((folder / "k-shared-0" / "ranking" / "manifest.json").read_text())["results"]["teacher_forwards"],
-    }
+    if not path.is_file() and not any(word.startswith("ranking.task") for word in more):
+        sys.exit("stopped; the same command goes on from there")
+    return json.loads(path.read_text()) if path.is_file() else {}, time.process_time() - started
 
 
 def records(run: Path) -> dict[str, list[dict[str, Any]]]:
@@ -100,44 +132,65 @@ def records(run: Path) -> dict[str, list[dict[str, Any]]]:
     return {name: record.curve for name in names if (record := Record.read(run / "ranking" / f"{name}.json")) is not None}
 
 
-def halving(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Full rankings and halved ones, a row a seed."""
-    rows = []
-    for seed in options.seeds:
-        overrides = words(options, folder / f"seed-{seed}", candidates=options.candidates, steps=options.steps, seed=seed)
-        base = begin(options, folder / f"seed-{seed}", overrides)
-        full, _ = rank(folder / f"full-{seed}", base, overrides)
-        short, _ = rank(folder / f"halving-{seed}", base, overrides, "ranking.method=halving")
+def settling(curves: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Ranks after shares of the steps (1 is best), τ of every evaluation with the end, and the step from which on τ is 0.9 or more."""
+    names = list(curves)
+    steps = [point["step"] for point in curves[names[0]]]
+    end = losses_at(curves, names, steps[-1])
+    tau = {step: kendall_tau(losses_at(curves, names, step), end) for step in steps}
+    ranks: dict[str, list[int]] = {name: [] for name in names}
+    for share in SHARES:
+        losses = losses_at(curves, names, min(steps, key=lambda step: abs(step - share * steps[-1])))  # noqa: B023
+        for name, loss in zip(names, losses, strict=True):
+            ranks[name].append(1 + sum(other < loss for other in losses))
+    low = [step for step in steps if tau[step] < 0.9]
+    settled = next((step for step in steps if step > low[-1]), None) if low else 0
+    return {"ranks": ranks, "losses": dict(zip(names, end, strict=True)), "tau": tau, "settled_at": settled}
+
+
+def ranked(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Full rankings and halved ones of a suite, a row a seed."""
+    suite, rows = options.suites[name], []
+    for seed in options.seeds or suite.seeds:
+        folder = options.folder / f"{name}-{seed}"
+        words = overrides(suite, options, folder / "base", seed=seed)
+        base = begin(folder / "base", words)
+        full, took = rank(folder / "full", base, words)
+        short, _ = rank(folder / "halving", base, words, "ranking.method=halving")
         ends = {row["name"]: row["loss"] for row in full["candidates"] if row["status"] == "ok"}
         chosen = short["candidates"][0]["name"]
-        rows.append(
-            {
-                "seed": seed,
-                "flops_ratio": full["cost"]["full_independent"] / short["cost"]["shared"],
-                "flops": {"full_independent": full["cost"]["full_independent"], "halving_shared": short["cost"]["shared"]},
-                "best": full["candidates"][0]["name"],
-                "chosen": chosen,
-                "regret": ends[chosen] - min(ends.values()),
-                "lead_of_the_best": full.get("lead"),
-                "zero_shot_tau": full.get("zero_shot_tau"),
-            }
-        )
+        row = {
+            "seed": seed,
+            "candidates": len(full["candidates"]),
+            "steps": suite.steps,
+            "processor_seconds": took,
+            "flops": {"full_independent": full["cost"]["full_independent"], "full": full["cost"]["shared"], "halving": short["cost"]["shared"]},
+            "flops_ratio": full["cost"]["full_independent"] / short["cost"]["shared"],
+            "best": full["candidates"][0]["name"],
+            "chosen": chosen,
+            "regret": ends[chosen] - min(ends.values()),
+            "lead_of_the_best": full.get("lead"),
+            "zero_shot_tau": full.get("zero_shot_tau"),
+            **settling(records(folder / "full")),
+        }
+        rows.append(row)
+        print(json.dumps({key: value for key, value in row.items() if key not in ("ranks", "losses")}), flush=True)
     return rows
 
 
-def replayed(options: argparse.Namespace, folder: Path, *, draws: int = 200) -> dict[str, Any]:
-    """Halving on subsets of the recorded curves."""
-    agreed, as_good, shares = 0, 0, []
+def replayed(name: str, options: argparse.Namespace, *, draws: int = 400) -> dict[str, Any]:
+    """Halving on subsets of two thirds of the recorded curves: how often it finds the best, or one within two standard errors of it."""
+    suite, agreed, as_good, shares = options.suites[name], 0, 0, []
+    curves_of = {seed: records(options.folder / f"{name}-{seed}" / "full") for seed in options.seeds or suite.seeds}
     draw = random.Random(0)
     for number in range(draws):
-        curves = records(folder / f"full-{options.seeds[number % len(options.seeds)]}")
+        curves = curves_of[(options.seeds or suite.seeds)[number % len(curves_of)]]
         names = sorted(draw.sample(sorted(curves), max(3, len(curves) * 2 // 3)))
         steps = [point["step"] for point in curves[names[0]]]
-        rules = RaceRules(steps[-1], steps[1], rescue=0.15)
-        wanted = halving_rungs(len(names), num_steps=steps[-1], eta=options.eta, first=2)
+        wanted = halving_rungs(len(names), num_steps=steps[-1], eta=3.0, first=steps[1])
         moved = {min(steps[1:-1], key=lambda step: abs(step - rung.step)): rung for rung in wanted}  # noqa: B023
-        rungs = tuple(type(rung)(step, rung.keep) for step, rung in sorted(moved.items()))
-        outcome = replay(names, RaceRules(rules.num_steps, rules.evaluate_every, rungs, rules.rescue), curves=curves)
+        rungs = tuple(replace(rung, step=step) for step, rung in sorted(moved.items()))
+        outcome = replay(names, RaceRules(steps[-1], steps[1], rungs, 0.15), curves=curves)
         ends = dict(zip(names, losses_at(curves, names, steps[-1]), strict=True))
         best, chosen = min(ends, key=ends.__getitem__), outcome.order[0]
         gap, error = paired_gap(curves[best][-1]["sequences"], curves[chosen][-1]["sequences"]) if best != chosen else (0.0, 1.0)
@@ -146,29 +199,64 @@ def replayed(options: argparse.Namespace, folder: Path, *, draws: int = 200) -> 
     return {"draws": draws, "top_1": agreed / draws, "top_1_or_as_good": as_good / draws, "median_share_of_steps": statistics.median(shares)}
 
 
+def shared_teacher(options: argparse.Namespace) -> dict[str, Any]:
+    """Processor time of ``k`` candidates side by side and alone."""
+    suite = replace(SUITES["smollm2"], candidates=options.k, steps=options.k_steps, every=options.k_steps, held_out=4)
+    words = overrides(suite, options, options.folder / "k", seed=0)
+    base = begin(options.folder / "k", words)
+    seconds: dict[str, list[float]] = {"shared": [], "independent": []}
+    document: dict[str, Any] = {}
+    for turn in range(options.repeats):
+        for way in ("shared", "independent"):
+            run = options.folder / f"k-{way}-{turn}"
+            shutil.rmtree(run, ignore_errors=True)
+            tasks = [()] if way == "shared" else [(f"ranking.task={number}/{options.k}",) for number in range(options.k)]
+            spent = 0.0
+            for task in tasks:
+                found, took = rank(run, base, words, *task)
+                spent, document = spent + took, found or document
+            seconds[way].append(spent)
+    cost = document["cost"]
+    manifest = json.loads((options.folder / "k-shared-0" / "ranking" / "manifest.json").read_text())
+    return {
+        "k": options.k,
+        "steps": options.k_steps,
+        "processor_seconds": seconds,
+        "ratio": statistics.median(seconds["independent"]) / statistics.median(seconds["shared"]),
+        "flops_ratio": cost["independent"] / cost["shared"],
+        "teacher_forwards": manifest["results"]["teacher_forwards"],
+    }
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, kind, default in (("k", int, 8), ("k-steps", int, 4), ("candidates", int, 12), ("steps", int, 60), ("length", int, 128)):
+    parser.add_argument("--data", help="text of the rankings: a file or folder; toy needs one")
+    parser.add_argument("--teacher", help="folder of the teacher; toy needs one (benchmarks/claims.py leaves it in its work folder)")
+    for name, kind, default in (("k", int, 8), ("k-steps", int, 4), ("repeats", int, 2)):
         parser.add_argument(f"--{name}", type=kind, default=default)
-    for name, kind, default in (("batch-size", int, 4), ("held-out", int, 16), ("repeats", int, 2), ("eta", float, 3.0), ("ratio", float, 0.5)):
-        parser.add_argument(f"--{name}", type=kind, default=default)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    for name in ("candidates", "steps", "every", "held-out"):
+        parser.add_argument(f"--{name}", type=int, help="in place of the suite's")
+    parser.add_argument("--seeds", type=int, nargs="*")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "search-benchmark")
-    parser.add_argument("--only", choices=("shared", "halving", "replay"))
+    parser.add_argument("--only", choices=(*SUITES, "shared", "page"))
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     options = parser.parse_args()
+    changes = {name: value for name in ("candidates", "steps", "every", "held_out") if (value := getattr(options, name)) is not None}
+    options.suites = {name: replace(suite, **changes) for name, suite in SUITES.items()}
+    if options.only == "toy" and not (options.data and options.teacher):
+        parser.error("--only toy needs --data and --teacher")
     target = options.out / f"cpu-{platform.machine()}" / "search.json"
-    result: dict[str, Any] = json.loads(target.read_text())["result"] if target.is_file() else {}
-    for part, measure in (("shared", shared_teacher), ("halving", halving), ("replay", replayed)):
-        if options.only in (None, part):
-            result[part] = measure(options, options.folder)
-            print(json.dumps({part: result[part]}, indent=1), flush=True)
+    document: dict[str, Any] = json.loads(target.read_text()) if target.is_file() else {}
+    parts = {"toy": lambda: ranked("toy", options), "smollm2": lambda: ranked("smollm2", options), "shared": lambda: shared_teacher(options)}
+    for part, measure in parts.items():
+        if options.only == part or (options.only is None and (part != "toy" or (options.data and options.teacher))):
+            document[part] = {"command": " ".join(["python benchmarks/search.py", *sys.argv[1:]]), "torch": torch.__version__, "result": measure()}
+            if part in SUITES:
+                document[part]["replay"] = replayed(part, options)
             target.parent.mkdir(parents=True, exist_ok=True)
-            command = " ".join(["python benchmarks/search.py", *sys.argv[1:]])
-            target.write_text(
-                json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "command": command, "result": result}, indent=1) + "\n"
-            )
+            target.write_text(json.dumps(document, indent=1) + "\n")
+    write_page(document, options.out / "search.md")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 #
 #   NPROC_PER_NODE  processes on each node (default: the GPUs there, or 1)
 #   HOSTFILE        for several nodes: lines of the form `name slots=8`, reached by pdsh; the checkout has the same path on all
-#   MASTER_ADDR, MASTER_PORT
+#   MASTER_ADDR     the address of the first node, if its name is not to be asked for
+#   MASTER_PORT     a port (default 29500); one node alone takes the next free one
+#   MINITRON_LOGS   folder of the ranks' logs (default: <run folder>/logs); rank 0 is on the screen too
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR
@@ -11,22 +13,31 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 python="$(runtime_python)"
 working_folder="$PWD"
+count_processes
+choose_logs "$@"
+set_rank_environment "$python" "$NUM_PROCESSES"
 
 # --no_local_rank: else the launcher appends --local_rank=N, which Hydra refuses. The CLI reads LOCAL_RANK.
 options=(--no_local_rank --no_python)
-if [[ -n "${HOSTFILE:-}" ]]; then options+=(--hostfile "$(cd "$(dirname "$HOSTFILE")" && pwd)/$(basename "$HOSTFILE")"); fi
+port="${MASTER_PORT:-29500}"
+if [[ -n "${HOSTFILE:-}" ]]; then
+    [[ -r "$HOSTFILE" ]] || fail "HOSTFILE=$HOSTFILE cannot be read"
+    if grep -Evq '^[[:space:]]*(#.*)?$|^[[:space:]]*[^[:space:]#]+[[:space:]]+slots=[0-9]+[[:space:]]*(#.*)?$' "$HOSTFILE"; then
+        fail "HOSTFILE=$HOSTFILE has lines that are not of the form 'name slots=8'"
+    fi
+    grep -q 'slots=' "$HOSTFILE" || fail "HOSTFILE=$HOSTFILE names no node"
+    options+=(--hostfile "$(cd "$(dirname "$HOSTFILE")" && pwd)/$(basename "$HOSTFILE")")
+else
+    free="$(free_port "$python" "$port")"
+    if [[ "$free" != "$port" ]]; then say "port $port is taken: $free instead"; fi
+    port="$free"
+fi
+options+=(--master_port "$port")
 if [[ -n "${NPROC_PER_NODE:-}" ]]; then options+=(--num_gpus "$NPROC_PER_NODE"); fi
 if [[ -n "${MASTER_ADDR:-}" ]]; then options+=(--master_addr "$MASTER_ADDR"); fi
-if [[ -n "${MASTER_PORT:-}" ]]; then options+=(--master_port "$MASTER_PORT"); fi
-
-# The same as in torchrun.sh, where the reasons stand. The launcher passes variables that begin with PYTHON on to other nodes.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}"
-export HYDRA_FULL_ERROR="${HYDRA_FULL_ERROR:-1}"
-export PYTHONUNBUFFERED="${PYTHONUNBUFFERED:-1}"
-trap '' USR1
 
 # With several nodes the launcher puts its own current directory on the ranks' import path, and `kernels` at the repository root must not
-# be there. It starts in launch/, which is on the path of run.py anyway; `env -C` brings the ranks back to the user's folder.
+# be there. It starts in launch/, which is on the path of run.py anyway; `env -C` brings the ranks back to the user's folder, and carries
+# the settings that the launcher would leave behind.
 cd "$MINITRON_LAUNCH"
-run_script deepspeed "$python" "${options[@]}" env -C "$working_folder" "$python" "$MINITRON_LAUNCH/run.py" "$@"
+run_launcher "$python" deepspeed --quiet "${options[@]}" env -C "$working_folder" "${RANK_SETTINGS[@]}" "$python" "$MINITRON_LAUNCH/run.py" "$@"

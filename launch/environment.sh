@@ -204,6 +204,93 @@ install_test() {
     finish_install test "$begin"
 }
 
+# Sets NUM_PROCESSES, the ranks of this node, from NPROC_PER_NODE or the GPUs here.
+count_processes() {
+    local num_gpus
+    if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+        num_gpus="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)"
+    else
+        num_gpus="$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)"
+    fi
+    NUM_PROCESSES="${NPROC_PER_NODE:-$((num_gpus > 0 ? num_gpus : 1))}"
+    [[ "$NUM_PROCESSES" =~ ^[1-9][0-9]*$ ]] || fail "NPROC_PER_NODE=$NUM_PROCESSES is no number of processes"
+    ((num_gpus == 0 || NUM_PROCESSES <= num_gpus)) || fail "NPROC_PER_NODE=$NUM_PROCESSES, but this node has $num_gpus GPUs, and a rank needs one of its own"
+}
+
+# What every rank finds in its environment, under every launcher; what the user has set stays. $1: interpreter, $2: ranks of this node.
+# RANK_SETTINGS has the same as words NAME=value, for launchers that do not pass an environment on to other nodes.
+set_rank_environment() {
+    local num_cores name
+    num_cores="$("$1" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
+    # Without it torch takes all cores in each process (torchrun: one), and processes that share cores wait for each other's threads.
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((num_cores > $2 ? num_cores / $2 : 1))}"
+    # Threads that spin at barriers take the cores from threads that work (measured: minitron/host.py).
+    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+    # Steps of several lengths and the teacher's passing blocks leave holes between fixed pieces; pieces that grow leave none.
+    export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}"
+    # NCCL says nothing by itself: with this a collective that fails has its reason (a network card, a version) in the rank's log.
+    export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+    # Collectives that DeepSpeed calls are deprecated in torch: one warning per call site and rank.
+    export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}"
+    # Hydra cuts the trace of an error short, which makes the log of a failed rank useless.
+    export HYDRA_FULL_ERROR="${HYDRA_FULL_ERROR:-1}"
+    # A killed rank loses what stands in its output buffer.
+    export PYTHONUNBUFFERED="${PYTHONUNBUFFERED:-1}"
+    # After a SIGTERM torchrun gives the ranks this many seconds to write their checkpoint, then kills them (its own default: 30).
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+    RANK_SETTINGS=()
+    for name in OMP_NUM_THREADS OMP_WAIT_POLICY PYTORCH_ALLOC_CONF NCCL_DEBUG PYTHONWARNINGS HYDRA_FULL_ERROR PYTHONUNBUFFERED MINITRON_LOGS; do
+        if [[ -n "${!name:-}" ]]; then RANK_SETTINGS+=("$name=${!name}"); fi
+    done
+    # SIGUSR1 asks the ranks to checkpoint and leave. A launcher would die of it and take them along; the ranks set their own handler.
+    trap '' USR1
+}
+
+# Exports MINITRON_LOGS, the folder of the ranks' logs: <run folder>/logs, as the overrides name it.
+choose_logs() {
+    local argument folder="" title="full"
+    for argument in "$@"; do
+        case "$argument" in
+            run_dir=*) folder="${argument#run_dir=}" ;;
+            recipe=*) [[ "$title" != full ]] || title="${argument#recipe=}" ;;
+            experiment=*) title="${argument#experiment=}" ;;
+        esac
+    done
+    folder="${folder:-runs/$title}"
+    # shellcheck disable=SC2088 # a tilde that the command line opens later
+    if [[ "$folder" == "~/"* ]]; then folder="$HOME/${folder:2}"; fi
+    if [[ "$folder" != /* ]]; then folder="$PWD/$folder"; fi
+    export MINITRON_LOGS="${MINITRON_LOGS:-$folder/logs}"
+}
+
+# Prints the first port from $2 on that is free here. $1: interpreter.
+free_port() {
+    "$1" -c '
+import socket, sys
+for port in range(int(sys.argv[1]), 65536):
+    try:
+        if socket.has_dualstack_ipv6():
+            socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True).close()
+        else:
+            socket.create_server(("", port)).close()
+    except OSError:
+        continue
+    print(port)
+    break' "$2"
+}
+
+# Runs torchrun or deepspeed ($2) of interpreter $1 with the arguments after them, by minitron/launcher.py, which shows a failed rank's error
+# last. The current directory is taken off the import path (see kernels/README.md).
+run_launcher() {
+    local python="$1"
+    shift
+    exec "$python" -c '
+import sys
+sys.path[:] = [folder for folder in sys.path if folder]
+from minitron.launcher import main
+sys.exit(main(sys.argv[1:]))' "$@"
+}
+
 # Runs the console script $1 of interpreter $2 with the arguments after them. Where the package is the outer environment's, .venv/bin has
 # no such script; its entry point is then called, with the current directory taken off the import path (see kernels/README.md).
 run_script() {

@@ -1,45 +1,36 @@
 #!/usr/bin/env bash
 # minitron under torchrun:  NPROC_PER_NODE=8 bash launch/torchrun.sh distill experiment=…
 #
-#   NPROC_PER_NODE  processes on this node (default: its GPUs, or 1)
-#   NNODES          nodes (default 1); with more than one, on every node also:
-#   NODE_RANK       0 … NNODES-1
-#   MASTER_ADDR     the address of node 0
-#   MASTER_PORT     a free port there (default 29500)
-#   MAX_RESTARTS    how often torchrun starts the ranks again when one dies (default 0); they go on from the last checkpoint
+#   NPROC_PER_NODE      processes on this node (default: its GPUs, or 1)
+#   NNODES              nodes (default 1); with more than one, on every node also:
+#   NODE_RANK           0 … NNODES-1
+#   MASTER_ADDR         the address of node 0
+#   MASTER_PORT         a free port there (default 29500); one node alone finds a free one by itself
+#   RENDEZVOUS_TIMEOUT  seconds to wait for node 0 and the others (default 600)
+#   MAX_RESTARTS        how often torchrun starts the ranks again when one dies (default 0); they go on from the last checkpoint
+#   MINITRON_LOGS       folder of the ranks' logs (default: <run folder>/logs); rank 0 is on the screen too
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 python="$(runtime_python)"
-if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
-    num_gpus="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)"
-else
-    num_gpus="$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)"
-fi
-num_processes="${NPROC_PER_NODE:-$((num_gpus > 0 ? num_gpus : 1))}"
-num_cores="$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
-
-# Without it torch takes all cores in each process (torchrun: one), and processes that share cores wait for each other's threads.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((num_cores > num_processes ? num_cores / num_processes : 1))}"
-# Collectives that DeepSpeed calls are deprecated in torch: one warning per call site and rank.
-export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}"
-# Hydra cuts the trace of an error short, which makes the log of a failed rank useless.
-export HYDRA_FULL_ERROR="${HYDRA_FULL_ERROR:-1}"
-# A killed rank loses what stands in its output buffer.
-export PYTHONUNBUFFERED="${PYTHONUNBUFFERED:-1}"
-# After a SIGTERM torchrun gives the ranks this many seconds to write their checkpoint, then kills them (its own default: 30).
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
-# SIGUSR1 asks the ranks to checkpoint and leave. torchrun itself would die of it and take them along; the ranks set their own handler.
-trap '' USR1
+count_processes
+choose_logs "$@"
+set_rank_environment "$python" "$NUM_PROCESSES"
 
 if ((${NNODES:-1} > 1)); then
+    for name in NODE_RANK MASTER_ADDR; do [[ -n "${!name:-}" ]] || fail "$name is not set, and NNODES=$NNODES nodes need it"; done
+    ((NODE_RANK < NNODES)) || fail "NODE_RANK=$NODE_RANK does not exist: $NNODES nodes have the numbers 0 to $((NNODES - 1))"
+    export NNODES NODE_RANK MASTER_ADDR MASTER_PORT="${MASTER_PORT:-29500}"
+    if ((NODE_RANK == 0)) && [[ "$(free_port "$python" "$MASTER_PORT")" != "$MASTER_PORT" ]]; then
+        fail "port $MASTER_PORT of $MASTER_ADDR, this node, is taken: give every node another MASTER_PORT"
+    fi
     # The static rendezvous: the dynamic one (c10d) prints broken-pipe traces when its host leaves first.
-    rendezvous=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?is needed when NNODES > 1}"
-        --master-addr "${MASTER_ADDR:?is needed when NNODES > 1}" --master-port "${MASTER_PORT:-29500}")
+    rendezvous=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
+        --rdzv-conf "timeout=${RENDEZVOUS_TIMEOUT:-600}")
 else
     rendezvous=(--standalone)
 fi
 
-run_script torchrun "$python" "${rendezvous[@]}" --nproc-per-node "$num_processes" --max-restarts "${MAX_RESTARTS:-0}" "$MINITRON_LAUNCH/run.py" "$@"
+run_launcher "$python" torchrun "${rendezvous[@]}" --nproc-per-node "$NUM_PROCESSES" --max-restarts "${MAX_RESTARTS:-0}" "$MINITRON_LAUNCH/run.py" "$@"

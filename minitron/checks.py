@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,18 @@ from minitron.distill.states import check_states, state_taps
 from minitron.engine import check_engine, check_optimizer, resolve_dtype
 from minitron.errors import ArchitectureError, ConfigError, nearest
 from minitron.estimate import student_shape
+from minitron.evaluate import check_tasks
 from minitron.importance import build_observers, check_placement
 from minitron.log import get_logger
 from minitron.models import Family, config_of, discover, further_teachers, resolve_teacher
 from minitron.models.family import resized_config
 from minitron.models.load import PLACEMENTS, check_attention, check_further_teachers, check_shard_group
 from minitron.prune import target_config
+from minitron.sparsify import build_method
 from minitron.stages import load_stage
 from minitron.stages.cached import cache_folder
 from minitron.stages.cut import check_plan_is_for
+from minitron.tracking import check_trackers
 
 logger = get_logger(__name__)
 
@@ -50,10 +54,19 @@ def check_config(config: Config, stages: list[str]) -> None:
         sections["depth"].check()
     if "prune" in stages:
         _check_plan(config, stages)
+    if "sparsify" in stages:
+        build_method(sections["sparsify"])
     if "rank" in stages:
         sections["ranking"].check(sections["training"])
+        _check_ranking_tasks(config)
     if "export" in stages:
         sections["export"].check()
+    if "evaluate" in stages:
+        sections["evaluate"].check()
+        if sections["evaluate"].tasks:
+            check_tasks(sections["evaluate"])
+    if "tracking" in used:
+        check_trackers(config.tracking)
     if "loss" in used:
         build_losses(sections["loss"])
         _check_state_source(config)
@@ -71,6 +84,19 @@ def check_config(config: Config, stages: list[str]) -> None:
         _check_training(sections["training"], config, shared=False)
     if sections["teacher"].placement == "cached":
         _check_cached(config, stages)
+
+
+def _check_ranking_tasks(config: Config) -> None:
+    """Tasks that exist, and candidates that are whole where they are asked."""
+    ranking, engine = config.sections["ranking"], config.sections["engine"].name
+    if not ranking.tasks:
+        return
+    if engine != "local" and ranking.placement != "apart":
+        raise ConfigError(f"ranking.tasks={ranking.tasks} asks whole candidates, and engine={engine} shards them: use ranking.placement=apart")
+    try:
+        check_tasks(replace(config.sections["evaluate"], tasks=ranking.tasks))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("evaluate.tasks", "ranking.tasks")) from error
 
 
 def _check_plan(config: Config, stages: list[str]) -> None:

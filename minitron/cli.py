@@ -17,7 +17,11 @@ from minitron.paths import conf_dir
 
 _COMMANDS = {
     "compress": "run the whole recipe: recipe=…, experiment=…",
+    "cascade": "one teacher to several sizes: cascade.sizes=[0.5,0.25], a run of the recipe for each",
     "plan": "say what a run will take, before it starts (no weights needed)",
+    "generate": "RUN_OR_MODEL_FOLDER… prompt=TEXT: what teacher and student write, side by side",
+    "pack": "FOLDER OUT: a sparse model with its zeros left out, for storage and for minitron's own sparse layers",
+    "unpack": "FOLDER OUT: the ordinary model folder that was packed, bit for bit",
     "inspect": "MODEL: its axes, parameters and costs, and the proof that it can be cut (no weights needed)",
 }
 
@@ -27,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     host.prepare()
     arguments, overrides = _parser().parse_known_args(argv)
     log.setup(arguments.debug)
+    if os.environ.get("MINITRON_LOGS") and dist.world_size() > 1:
+        log.to_files(Path(os.environ["MINITRON_LOGS"]))
     try:
         code = _dispatch(arguments, list(arguments.overrides) + overrides)
     except Interrupted as interruption:
@@ -35,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MinitronError as error:
         if arguments.debug:
             traceback.print_exc()
-        sys.stderr.write(f"minitron: {error}\n")
+        log.tell_error(f"minitron: {error}\n", sentence=True)
         code = 2
     except KeyboardInterrupt:
         sys.stderr.write("minitron: interrupted; the same command goes on from the last checkpoint\n")
@@ -43,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         if dist.world_size() == 1:
             raise
-        traceback.print_exc()
+        log.tell_error(traceback.format_exc(), sentence=False)
         code = 1
     return _leave_group(code)
 
@@ -65,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*")
     for flag in ("--help", "-h"):
         parser.add_argument(flag, dest="help", action="store_true")
-    for flag in ("--version", "--debug", "--dry-run", "--json"):
+    for flag in ("--version", "--debug", "--dry-run", "--json", "--measure"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--finished", metavar="RUN_DIR")
     parser.add_argument("--device")
@@ -78,9 +84,10 @@ def _dispatch(arguments: argparse.Namespace, overrides: list[str]) -> int:
         _say(f"minitron {__version__}")
         return 0
     if arguments.finished:
-        from minitron.pipeline import finished
+        from minitron.finished import finished
 
-        return 0 if finished(Path(arguments.finished)) else 3
+        stage = arguments.command if arguments.command != "compress" else None
+        return 0 if finished(Path(arguments.finished).expanduser(), stage) else 3
     unknown = [word for word in overrides if word.startswith("--")]
     if unknown:
         raise ConfigError(f"there is no flag {unknown[0]}; {nearest(unknown[0], _FLAGS)}")
@@ -97,7 +104,7 @@ def _dispatch(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return _run(arguments, overrides)
 
 
-_FLAGS = ("--help", "--version", "--debug", "--dry-run", "--json", "--finished", "--device", "--devices")
+_FLAGS = ("--help", "--version", "--debug", "--dry-run", "--json", "--finished", "--device", "--devices", "--measure")
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -105,10 +112,18 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     if arguments.command == "inspect":
         return _inspect(arguments, overrides)
+    if arguments.command == "generate":
+        return _generate(arguments, overrides)
+    if arguments.command in ("pack", "unpack"):
+        return _pack(arguments.command, overrides)
+    if arguments.command == "report" and (runs := [word for word in overrides if "=" not in word]):
+        return _report(runs, [word for word in overrides if "=" in word], arguments)
     raw, experiment = compose(overrides)
     config = build_config(raw)
     if arguments.command == "search" and arguments.dry_run:
         return _preview(config, arguments)
+    if arguments.command == "cascade":
+        return _cascade(config, arguments, experiment, overrides)
     if arguments.command == "plan" or arguments.dry_run:
         return _plan(config, arguments)
     from minitron.checks import check_config, check_target
@@ -203,11 +218,34 @@ def _plan(config: Any, arguments: argparse.Namespace) -> int:
 
     _quiet_libraries()
     check_teacher(config)
-    predicted = estimate(config, device_name=arguments.device, num_devices=arguments.devices)
+    if arguments.measure and arguments.device:
+        raise ConfigError(f"--measure times this machine, --device={arguments.device} names another: give one of them")
+    if arguments.devices is not None and arguments.devices < 1:
+        raise ConfigError(f"--devices={arguments.devices} is no number of devices")
+    predicted = estimate(config, device_name=arguments.device, num_devices=arguments.devices, measure=arguments.measure)
     _say(json.dumps(predicted.to_dict(), indent=1) if arguments.json else plan_table(predicted))
     warning = check_fits(predicted.planner) if predicted.planner is not None and predicted.num_steps else None
     if warning:
         log.get_logger("minitron").warning("%s", warning)
+    return 0
+
+
+def _cascade(config: Any, arguments: argparse.Namespace, experiment: str | None, overrides: list[str]) -> int:
+    from minitron.cascade import plan_cascade, run_cascade
+    from minitron.cascade_costs import cascade_table
+    from minitron.checks import check_teacher
+
+    check_teacher(config)
+    _quiet_libraries()
+    if not arguments.dry_run:
+        dist.init(config.sections["engine"].timeout)
+    command = "minitron " + " ".join(["cascade", *overrides])
+    costs = (
+        plan_cascade(config, device_name=arguments.device)
+        if arguments.dry_run
+        else run_cascade(config, command=command, experiment=experiment, device_name=arguments.device)
+    )
+    _say(json.dumps(costs.to_dict(), indent=1) if arguments.json else cascade_table(costs))
     return 0
 
 
@@ -236,6 +274,64 @@ def _inspect(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    import dataclasses
+
+    from minitron.config import build_config
+    from minitron.evaluate import GenerateConfig
+    from minitron.generation import generate, generation_table
+
+    words, rest, prompt = [], [], None
+    own = {f.name for f in dataclasses.fields(GenerateConfig)}  # here they go without their section's name
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if key.removeprefix("generate.") == "prompt" and equals:
+            prompt = value  # as it is: what a prompt holds is no business of Hydra's grammar
+        elif not equals or Path(word).expanduser().exists():
+            words.append(word)
+        else:
+            rest.append(f"generate.{word}" if key in own else word)
+    config = build_config(compose(rest)[0])
+    section = config.sections["generate"]
+    config.sections["generate"] = dataclasses.replace(section, prompt=prompt if prompt is not None else section.prompt)
+    _quiet_libraries()
+    found = generate(config, words)
+    _say(json.dumps(found.to_dict(), indent=1, ensure_ascii=False) if arguments.json else generation_table(found))
+    return 0
+
+
+def _report(runs: list[str], overrides: list[str], arguments: argparse.Namespace) -> int:
+    """One run that is named without its key, or several side by side in ``out=FILE``."""
+    if len(runs) == 1:
+        path = Path(runs[0]).expanduser() / "run.json"
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        title = known.get("experiment") or known.get("recipe")
+        titled = [f"experiment_name={title}"] if title else []
+        return _run(arguments, [f"run_dir={runs[0]}", *titled, *overrides])
+    from minitron.report import write_comparison
+
+    wrong = next((word for word in overrides if not word.startswith("out=")), None)
+    if wrong is not None:
+        raise ConfigError(f"a comparison of runs takes out=FILE.html and no option '{wrong.partition('=')[0]}'")
+    out = Path(overrides[-1].partition("=")[2] if overrides else "comparison.html").expanduser()
+    told = write_comparison([Path(run) for run in runs], out, title="Comparison of runs")
+    _say(json.dumps(told, indent=1) if arguments.json else f"  {len(told['runs'])} runs side by side: {out}")
+    return 0
+
+
+def _pack(command: str, words: list[str]) -> int:
+    if len(words) != 2:
+        raise ConfigError(f"{command} takes two folders, FOLDER and OUT: {len(words)} words were given")
+    from minitron.models.packed import pack_folder, unpack_folder
+
+    _quiet_libraries()
+    folder, out = (Path(word).expanduser() for word in words)
+    done = (pack_folder if command == "pack" else unpack_folder)(folder, out)
+    before, after = (done.dense_bytes, done.packed_bytes) if command == "pack" else (done.packed_bytes, done.dense_bytes)
+    _say(f"{out}: {done.num_matrices} matrices {command}ed, {before / 1e6:,.1f} MB → {after / 1e6:,.1f} MB ({after / before:.1%})")
+    return 0
+
+
 def _overview() -> str:
     from minitron.stages import STAGES, load_stage
 
@@ -250,6 +346,8 @@ def _overview() -> str:
 
 def _stage_help(command: str, overrides: list[str]) -> str:
     """A command's options with their defaults (those of the groups and the experiment that are given)."""
+    if command in ("pack", "unpack"):
+        return f"minitron {command} {_COMMANDS[command]}"
     from minitron.config import SECTIONS, TOP, build_config
     from minitron.stages import STAGES, load_stage
 
@@ -257,12 +355,13 @@ def _stage_help(command: str, overrides: list[str]) -> str:
     if command in STAGES:
         names, text = load_stage(command).SECTIONS, load_stage(command).HELP
     else:
-        names, text = ("teacher",) if command == "inspect" else (*SECTIONS, "tracking"), _COMMANDS[command]
+        fewer = {"inspect": ("teacher",), "generate": ("generate", "teacher")}
+        names, text = fewer.get(command, (*SECTIONS, "tracking")), _COMMANDS[command]
     lines = [f"minitron {command} [group=option …] [key=value …]: {text}", ""]
     rows = [(name, default, help) for name, (_, default, help) in TOP.items() if name != "experiment_name"]
     for name in names:
         if name == "tracking":
-            rows.append(("tracking", ",".join(config.tracking), "jsonl, console, wandb, or a list such as tracking=[jsonl,wandb]"))
+            rows.append(("tracking", ",".join(config.tracking), "jsonl, console, tensorboard, wandb, or a list such as tracking=[jsonl,wandb]"))
             continue
         section = config.recipe if name == "recipe" else config.sections[name]
         rows += _option_rows(name, section)

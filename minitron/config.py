@@ -19,11 +19,13 @@ from minitron.distill.on_policy import OnPolicyConfig
 from minitron.distill.settings import CorrectConfig, TrainingConfig
 from minitron.engine import EngineConfig
 from minitron.errors import ConfigError, nearest
-from minitron.evaluate import EvaluateConfig
+from minitron.evaluate import EvaluateConfig, GenerateConfig
 from minitron.importance import DepthConfig, ImportanceConfig
 from minitron.models import TeacherConfig
 from minitron.search import SearchConfig, TargetConfig
+from minitron.search.cascade import CascadeConfig
 from minitron.search.ranking import RankingConfig
+from minitron.sparsify import SparsifyConfig
 from minitron.stages.distill import StudentConfig
 from minitron.stages.export import ExportConfig
 from minitron.stages.prune import PruneConfig
@@ -48,7 +50,9 @@ SECTIONS: dict[str, type] = {
     "target": TargetConfig,
     "search": SearchConfig,
     "ranking": RankingConfig,
+    "cascade": CascadeConfig,
     "prune": PruneConfig,
+    "sparsify": SparsifyConfig,
     "correct": CorrectConfig,
     "cache": CacheConfig,
     "training": TrainingConfig,
@@ -57,6 +61,7 @@ SECTIONS: dict[str, type] = {
     "engine": EngineConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
+    "generate": GenerateConfig,
 }
 #: Options outside sections: name → type, default, help.
 TOP: dict[str, tuple[Any, Any, str]] = {

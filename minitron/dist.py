@@ -153,6 +153,17 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in the order of the ranks, on every rank."""
+    if not (initialized() and world_size() > 1):
+        return [value]
+    import torch.distributed
+
+    found: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on at least one rank."""
     if not (initialized() and world_size() > 1):
@@ -160,3 +171,46 @@ def any_rank(flag: bool) -> bool:
     import torch
 
     return bool(all_reduce_sum(torch.tensor([int(flag)])).item() > 0)  # on the CPU, so that no GPU waits
+
+
+class NoAgreement(RuntimeError):
+    """A rank has something to tell, and the others do not come to hear it; the message is what it is."""
+
+
+class Agreement:
+    """Ranks that tell each other when something has failed, in a process group of their own: to be made, and asked, by all of them.
+
+    A rank that fails between the collectives of the others cannot be heard by them: it waits ``patience`` seconds and gives up.
+    """
+
+    def __init__(self, *, patience: float = 60.0) -> None:
+        self._patience, self._group = datetime.timedelta(seconds=patience), None
+        if initialized() and world_size() > 1:
+            import torch.distributed
+
+            self._group = torch.distributed.new_group(backend="gloo")
+
+    def told(self, reason: str | None) -> str | None:
+        """The first reason that any rank gives; None where none has one. One all-reduce of a number.
+
+        Raises:
+            NoAgreement: this rank has a reason, and the others did not come in time.
+        """
+        if self._group is None:
+            return reason
+        import torch
+        import torch.distributed
+
+        flag = torch.tensor([int(reason is not None)])
+        work = torch.distributed.all_reduce(flag, group=self._group, async_op=True)
+        try:
+            work.wait(self._patience) if reason is not None else work.wait()
+        except RuntimeError as error:
+            if reason is None:
+                raise
+            raise NoAgreement(reason) from error
+        if not flag.item():
+            return None
+        reasons: list[str | None] = [None] * world_size()
+        torch.distributed.all_gather_object(reasons, reason, group=self._group)
+        return next(text for text in reasons if text is not None)

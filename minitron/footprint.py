@@ -19,7 +19,7 @@ from minitron.core.memory import Memory, Setup, StateSizes, training_memory
 from minitron.core.traffic import Traffic, training_traffic
 from minitron.distill.losses import LossConfig, build_losses, state_terms
 from minitron.distill.state_memory import state_sizes
-from minitron.engine import OptimizerConfig, resolve_dtype
+from minitron.engine import CHECKPOINTING, OptimizerConfig, resolve_dtype
 from minitron.engine.optimizers import build_optimizer
 from minitron.errors import ConfigError
 from minitron.models import config_of, discover, resolve_teacher
@@ -53,8 +53,9 @@ class Planner:
 
     def __init__(self, config: Config, student: Architecture, teacher: Architecture, *, device_name: str | None, num_devices: int | None) -> None:
         self._loss: LossConfig = config.sections["loss"]
+        self._compiled: bool = config.sections["engine"].compile
         self._student = student
-        self._teachers = [teacher, *_further(config)] if self._with_teacher() else []
+        self._teachers = [teacher, *further_shapes(config)] if self._with_teacher() else []
         self.setup = self._setup(config, device_name, num_devices)
         self.limited = bool(device_name) or torch.cuda.is_available()
         self.device = f"a {device_name}" if device_name else "a GPU of this machine" if self.limited else "this machine"
@@ -125,9 +126,9 @@ class Planner:
         world = self.setup.world_size
         while (world := 2 * world) <= 65536:
             most = replace(self.setup, engine="fsdp", offload="none", world_size=world, node_size=min(world, _NODE), shard_size=world)
-            most = replace(most, placement="shard", teacher_size=world, checkpointing=True, num_sequences=1)
+            most = replace(most, placement="shard", teacher_size=world, checkpointing="full", num_sequences=1)
             if self.footprint(most).fits:
-                words = "engine=fsdp teacher.placement=shard teacher.shard_group=all engine.activation_checkpointing=true"
+                words = "engine=fsdp teacher.placement=shard teacher.shard_group=all engine.activation_checkpointing=full"
                 return f"{world} devices with {words} training.micro_batch_size=1 would fit"
         return "no number of these devices would do with the sequence length as it is"
 
@@ -139,8 +140,10 @@ class Planner:
             for size in dict.fromkeys((smaller, 1)):
                 micro = setup.num_micro_batches * -(-setup.num_sequences // size)
                 found.append((f"training.micro_batch_size={size}", {"num_sequences": size, "num_micro_batches": micro}))
-        if not setup.checkpointing:
-            found.append(("engine.activation_checkpointing=true", {"checkpointing": True}))
+        for mode in CHECKPOINTING[CHECKPOINTING.index(setup.checkpointing) + 1 :]:
+            if mode == "selective" and (self._compiled or (setup.engine == "deepspeed" and setup.zero_stage == 3)):
+                continue
+            found.append((f"engine.activation_checkpointing={mode}", {"checkpointing": mode}))
         spread = setup.engine != "local" and setup.world_size > 1
         if self._teachers and setup.placement == "replicate" and spread:
             size = shard_group_size("auto", world_size=setup.world_size, local_world_size=setup.node_size)
@@ -188,7 +191,8 @@ def num_moments(config: OptimizerConfig) -> int:
     return sum(kept) // 64
 
 
-def _further(config: Config) -> list[Architecture]:
+def further_shapes(config: Config) -> list[Architecture]:
+    """The shapes of ``teacher.more``, from their configs."""
     teacher = config.sections["teacher"]
     sections = [replace(teacher, path=path, revision=None, more=None) for path, _ in check_further_teachers(teacher)]
     folders = [resolve_teacher(section, only_config=True) for section in sections]

@@ -1,10 +1,15 @@
-"""Logging and progress. Rank 0 speaks; the other ranks only warn."""
+"""Logging and progress. Rank 0 speaks; the other ranks only warn, into files of their own where a launch script names a folder for them."""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import platform
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 from minitron import dist
 
@@ -24,6 +29,78 @@ def setup(debug: bool = False) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level if dist.is_main() else logging.WARNING)
     root.propagate = False
+
+
+@dataclass(frozen=True)
+class RankError:
+    """What a rank said before it left. ``sentence``: the input was bad, and the text is one sentence; else it is the trace of a bug."""
+
+    rank: int
+    host: str
+    sentence: bool
+    text: str
+    log: Path
+
+
+#: Where this rank's log and its error lie; None without a folder for them.
+_files: Path | None = None
+
+
+def to_files(folder: Path) -> None:
+    """Write this rank's log to ``rank-00003.log`` in a folder; rank 0 stays on the screen as well, the other ranks leave it.
+
+    Logs of earlier runs are continued. A folder that cannot be written changes nothing: everything then goes to the screen.
+    """
+    global _files
+    path = folder / f"rank-{dist.rank():05d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".error").unlink(missing_ok=True)  # of the attempt before a restart
+        file = path.with_suffix(".log").open("a", buffering=1)
+    except OSError:
+        return
+    _files = path
+    if not dist.is_main():
+        os.dup2(file.fileno(), 1)  # libraries that write by themselves are also to be found there
+        os.dup2(file.fileno(), 2)
+        return
+    handler = logging.StreamHandler(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logging.getLogger("minitron").addHandler(handler)
+
+
+def tell_error(text: str, *, sentence: bool) -> None:
+    """Say why this process leaves: on the screen or in this rank's log, and in a file that the launcher reads."""
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    if _files is None:
+        return
+    try:
+        if dist.is_main():
+            with _files.with_suffix(".log").open("a") as file:
+                file.write(text)
+        partial = _files.with_suffix(".error.partial")
+        partial.write_text(json.dumps({"rank": dist.rank(), "host": platform.node(), "sentence": sentence, "text": text}))
+        os.replace(partial, _files.with_suffix(".error"))
+    except OSError:  # a full disk is not reported by its log
+        pass
+
+
+def read_errors(folder: Path) -> list[RankError]:
+    """What the ranks of the last run said before they left, the first one first."""
+    found = []
+    for path in folder.glob("rank-*.error"):
+        try:
+            found.append((path.stat().st_mtime_ns, RankError(**json.loads(path.read_text()), log=path.with_suffix(".log"))))
+        except (OSError, ValueError, TypeError):
+            continue
+    return [error for _, error in sorted(found, key=lambda row: row[0])]
+
+
+def clear_errors(folder: Path) -> None:
+    """Forget what the ranks of earlier runs said."""
+    for path in folder.glob("rank-*.error"):
+        path.unlink(missing_ok=True)
 
 
 #: The place of the last progress that was made, for those who ask how far this process is.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
+from typing import Any
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -29,3 +31,19 @@ def cache_dir() -> Path:
     """A per-user folder for things made once (converted teachers): ``$MINITRON_CACHE`` or ``~/.cache/minitron``."""
     root = os.environ.get("MINITRON_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "minitron")
     return Path(root)
+
+
+def source_commit() -> dict[str, Any] | None:
+    """The commit of the checkout that this code runs from, and whether it was changed since; None for an installed package."""
+    root = _PACKAGE.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        ask = ["git", "-C", str(root)]
+        commit = subprocess.run([*ask, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        changed = subprocess.run(
+            [*ask, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):  # no git here, or a folder that it does not trust
+        return None
+    return {"commit": commit, "changed": bool(changed.strip())}

@@ -16,17 +16,20 @@ from typing import Any
 from minitron import __version__, dist
 from minitron.checkpoint import Heartbeat, RunLock, StopSignal, discard
 from minitron.config import Config
+from minitron.core.events import attempt
 from minitron.core.manifest import CHECKPOINTS, Manifest, fingerprint_folder, plain, publish, set_aside, write_text
 from minitron.core.protocols import StageModule
 from minitron.errors import CheckpointError, ConfigError, Interrupted, LaunchError, MinitronError
+from minitron.finished import BEGUN, RUN_FILE
 from minitron.log import duration, get_logger
+from minitron.paths import source_commit
+from minitron.search.placement import TASKS
+from minitron.search.ranking import task_of
 from minitron.stages import load_stage
 from minitron.stages.context import StageContext
+from minitron.stages.tracked import track_stage
 
 logger = get_logger(__name__)
-
-RUN_FILE = "run.json"
-_BEGUN = ".begun.json"
 
 
 def run_stages(config: Config, stages: list[str], *, command: str, experiment: str | None = None) -> None:
@@ -40,13 +43,15 @@ def run_stages(config: Config, stages: list[str], *, command: str, experiment: s
     stop.install()
     run_dir = Path(config.run_dir).expanduser()
     modules = [(name, load_stage(name)) for name in stages]
-    lock = RunLock(run_dir)
-    _on_main(lambda: _take_folder(run_dir, lock))
-    heartbeat = Heartbeat(run_dir, also=lock.beat if dist.is_main() else lambda: None)
+    place = _own_place(config, stages, run_dir)
+    lock = RunLock(place)
+    _on_main(lambda: _take_folder(place, lock))
+    heartbeat = Heartbeat(place, also=lock.beat if dist.is_main() else lambda: None)
     heartbeat.start()
     try:
-        _on_main(lambda: _record_run(run_dir, config, stages, command, experiment))
-        _run_modules(config, modules, run_dir, stop)
+        _on_main(lambda: _record_run(place, config, stages, command, experiment))
+        with attempt(place, command=command, stages=stages, num_processes=dist.world_size(), host=platform.node()):
+            _run_modules(config, modules, run_dir, stop)
     except RuntimeError as error:
         told = heartbeat.explain(error)
         if told is None:
@@ -58,7 +63,7 @@ def run_stages(config: Config, stages: list[str], *, command: str, experiment: s
 
 
 def _run_modules(config: Config, modules: list[tuple[str, StageModule]], run_dir: Path, stop: StopSignal) -> None:
-    memory: dict[str, Any] = {}
+    memory: dict[str, Any] = {"config": {**config.resolved(), "git": source_commit()}}  # for trackers
     for number, (name, module) in enumerate(modules, start=1):
         if stop.requested():
             raise Interrupted(f"stopped before {name}; the same command goes on from there")
@@ -69,6 +74,12 @@ def _run_modules(config: Config, modules: list[tuple[str, StageModule]], run_dir
             _run_stage(config, name, module, context, folder, f"[{number}/{len(modules)}] {name}")
         if name == "correct":
             memory.pop("text", None)
+
+
+def _own_place(config: Config, stages: list[str], run_dir: Path) -> Path:
+    """Where lock, signs of life and record of this run lie: the run folder, but of a task, which works there beside others, one of its own."""
+    task = config.sections["ranking"].task
+    return run_dir / TASKS / "{}-of-{}.run".format(*task_of(task)) if task is not None and stages == ["rank"] else run_dir
 
 
 def _folders(module: StageModule, context: StageContext) -> list[str]:
@@ -99,12 +110,17 @@ def _record_run(run_dir: Path, config: Config, stages: list[str], command: str, 
 
     try:
         known = json.loads((run_dir / RUN_FILE).read_text()) if (run_dir / RUN_FILE).is_file() else {}
+        if known and not any(load_stage(name).SECTIONS for name in stages):
+            return  # what reads no settings, as a report, says nothing of how the run was made
+        recorded = stages if len(stages) > 1 or not known else known.get("stages", stages)
         document = {
             "recipe": config.recipe.name,
             "experiment": experiment,
-            "stages": stages if len(stages) > 1 or not known else known.get("stages", stages),
+            "stages": recorded,
+            "folders": {name: load_stage(name).FOLDER for name in {*recorded, *stages}},
             "command": command,
             "minitron_version": __version__,
+            "git": source_commit(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
@@ -178,8 +194,10 @@ def _run_stage(config: Config, name: str, module: StageModule, context: StageCon
         publish(partial, final)
         # Only now: killed a moment earlier, the stage would have to start over.
         discard(final / CHECKPOINTS)
-        (final / _BEGUN).unlink(missing_ok=True)
+        (final / BEGUN).unlink(missing_ok=True)
         logger.info("  done in %s → %s", duration(manifest.wall_seconds), final)
+        about = {"run_dir": context.run_dir, "title": config.title, "config": context.memory["config"]}
+        track_stage(final, manifest, tracking=config.tracking, **about)
     dist.barrier()
 
 
@@ -218,13 +236,13 @@ def _decide(
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     Manifest(name, plain(settings), inputs).write(partial)
-    os.replace(partial / "manifest.json", partial / _BEGUN)
+    os.replace(partial / "manifest.json", partial / BEGUN)
     return inputs
 
 
 def _read_begun(partial: Path, name: str) -> Manifest | None:
     """The manifest of a begun stage; a partial folder without one, or with nothing else (bad input was refused), is not worth keeping."""
-    path = partial / _BEGUN
+    path = partial / BEGUN
     if not path.is_file() or all(entry == path for entry in partial.iterdir()):
         shutil.rmtree(partial, ignore_errors=True)
         return None
@@ -255,18 +273,4 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def finished(run_dir: Path) -> bool:
-    """Whether every stage that the run was started for is complete."""
-    path = run_dir / RUN_FILE
-    if not path.is_file():
-        return False
-    stages = json.loads(path.read_text()).get("stages", [])
-    for name in stages:
-        folder = run_dir / load_stage(name).FOLDER
-        manifests = [folder / "manifest.json"] if name != "prune" else list(folder.glob("*/manifest.json"))
-        if not any(manifest.is_file() for manifest in manifests):
-            return False
-    return bool(stages)
-
-
-__all__ = ["finished", "run_stages"]
+__all__ = ["run_stages"]

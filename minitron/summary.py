@@ -11,6 +11,7 @@ from minitron.core.manifest import Manifest
 from minitron.estimate import Estimate
 from minitron.footprint import Footprint
 from minitron.log import duration
+from minitron.scaling import scaling_table
 
 
 def summary(run_dir: Path, config: Config) -> str:
@@ -62,9 +63,31 @@ def plan_table(estimate: Estimate) -> str:
     lines.append(
         f"  {'total':<12}{sum(estimate.tokens.values()):>14,.0f}{sum(estimate.flops.values()):>12.2e}{duration(sum(estimate.seconds.values())):>12}"
     )
+    if estimate.num_devices > 1:
+        lines.append(f"  {'':<12}{estimate.num_devices} devices: {estimate.device_hours:,.0f} device-hours")
+    lines += ["", *_comparison(estimate)]
     if estimate.num_steps and estimate.footprint is not None:
         lines += ["", f"  distillation: {estimate.num_steps:,} steps; memory per rank while it runs:", *_footprint_rows(estimate.footprint)]
+    if estimate.scaling is not None:
+        lines += ["", *scaling_table(estimate.scaling)]
     return "\n".join(lines)
+
+
+def _comparison(estimate: Estimate) -> list[str]:
+    """What the student costs beside training it from scratch, what a device gains by it, and what was measured of this one."""
+    ratio = estimate.scratch_flops / max(sum(estimate.flops.values()), 1.0)
+    lines = [
+        f"  from scratch {estimate.scratch_tokens:,.0f} tokens and {estimate.scratch_flops:.2e} FLOPs for this student: {ratio:.2g} times this recipe"
+    ]
+    if estimate.decode:
+        teacher, student = estimate.decode["teacher"], estimate.decode["student"]
+        lines.append(
+            f"  decoding     {1e3 * teacher:.2f} ms a token for the teacher, {1e3 * student:.2f} ms for the student, at least (bf16, one sequence)"
+        )
+    if estimate.measured:
+        flops, bandwidth = estimate.measured["flops"], estimate.measured["bandwidth"]
+        lines.append(f"  measured     {flops:.2e} FLOP/s in a matrix product, {bandwidth / 1e9:.1f} GB/s in memory, on this machine")
+    return lines
 
 
 def _footprint_rows(footprint: Footprint) -> list[str]:

@@ -23,6 +23,7 @@ from minitron.distill.pair import StudentLosses, TeacherStudent
 from minitron.distill.teacher import TeacherSignal
 from minitron.distill.validation import validate, validation_batches
 from minitron.engine import EngineConfig, OptimizerConfig, build_engine
+from minitron.engine.recompute import checkpoint_activations
 from minitron.models.lazy import load_lazily
 from minitron.ops.kd_loss import IGNORE_INDEX
 
@@ -49,7 +50,7 @@ class Case:
     sharding: str = "full"
     shard_size: int | None = None
     offload: str = "none"
-    checkpointing: bool = False
+    checkpointing: str = "none"
     compile: bool = False
     lazy: bool = False
 
@@ -85,8 +86,7 @@ def start(case: Case) -> tuple[Engine, TeacherStudent]:
     kind = "tied" if case.tied else "untied"
     teacher = tiny_model(case.folder / f"teacher-{kind}")
     student = load_lazily(case.folder / f"student-{kind}", dtype=torch.float32) if case.lazy else tiny_model(case.folder / f"student-{kind}")
-    if case.checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_activations(student, case.checkpointing)
     config = EngineConfig(
         name=case.engine,
         zero_stage=case.zero_stage,

@@ -23,6 +23,7 @@ from minitron.distill.states import build_states
 from minitron.distill.teacher import TeacherSignal
 from minitron.distill.validation import validate, validation_batches
 from minitron.engine import EngineConfig, OptimizerConfig, build_engine
+from minitron.engine.recompute import checkpoint_activations
 
 #: The student has kept these channels of the teacher.
 KEPT = list(range(0, 48, 3)) + list(range(1, 48, 3))
@@ -46,7 +47,7 @@ class Case:
     placement: str = "replicate"
     terms: dict[str, float | str] = field(default_factory=lambda: dict(ALL_TERMS))
     states: StatesConfig = StatesConfig(layers=[[1, 0], [3, 2]], embedding=True, relation_heads=4, filter_steps=3)
-    checkpointing: bool = False
+    checkpointing: str = "none"
     num_micro: int = 2
     num_steps: int = 4
     stop_at: int | None = None
@@ -88,8 +89,7 @@ def start(case: Case) -> tuple[Engine, TeacherStudent]:
     )
     assert states is not None
     root = StudentLosses(student.train(), case.loss, compute_dtype=engine.compute_dtype, states=states)
-    if case.checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_activations(student, case.checkpointing)
     signal = TeacherSignal(teacher, engine, blocks=blocks_of(teacher), placement=case.placement, taps=states.teacher_taps)
     return engine, TeacherStudent(engine.prepare(root, blocks=blocks_of(student)), signal, module=root, alpha=build_alpha(case.loss))
 

@@ -29,6 +29,7 @@ from minitron.distill.cache import CacheConfig, CachedSignal, CacheStore, CacheW
 from minitron.distill.cache.compress import compress, decompress, uniform_draws
 from minitron.distill.cache.store import INDEX, sequence_key
 from minitron.distill.losses import LossConfig, build_losses, sparse_losses
+from minitron.distill.pace import MEASURED
 from minitron.distill.pair import StudentLosses, TeacherStudent
 from minitron.distill.teacher import TeacherSignal
 from minitron.engine import EngineConfig, OptimizerConfig, build_engine
@@ -429,7 +430,7 @@ def words(place: Path, run: Path, *more: str, steps: int = 3) -> list[str]:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run / "student" / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in ("tokens_per_second", "data_seconds")} for row in rows]
+    return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
         (["compress", "importnce.num_samples=3"], "there is no option 'importnce.num_samples'; did you mean 'importance.num_samples'?"),
         (
             ["compress", "num_samples=3"],
-            "did you mean 'cache.num_samples' or 'depth.laco.num_samples' or 'importance.num_samples'?",
+            "did you mean 'cache.num_samples' or 'depth.laco.num_samples' or 'importance.num_samples' or 'sparsify.num_samples'?",
         ),
         (["compress", "traning.num_steps=3"], "did you mean 'training.num_steps'?"),
         (["compress", "engin=local"], "there is no option 'engin'; did you mean 'engine'?"),

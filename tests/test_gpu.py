@@ -8,15 +8,19 @@ from typing import Any
 import pytest
 import torch
 from helpers_losses import CASES, case_id, reference, whole_logits
+from helpers_sparse import assert_product, inputs, sparse_weight
 from test_kd_loss import CAPPED, NAMES, call, draw, exact
 
 from minitron.distill.cache import CacheConfig
 from minitron.distill.cache.compress import compress, decompress, uniform_draws
 from minitron.distill.losses import LossConfig, build_losses, sparse_losses
+from minitron.ops.bitmap import pack_bitmap
 from minitron.ops.head import PLAIN, Head, LogitTransform
 from minitron.ops.kd_chunk import SWITCH
 from minitron.ops.kd_loss import IGNORE_INDEX, fused_linear_losses
 from minitron.ops.kd_rows import TERMS, kd_rows
+from minitron.ops.semi_structured import is_two_of_four, semi_structured
+from minitron.ops.sparse_matmul import SparseLinear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -159,3 +163,37 @@ def test_the_loss_on_the_gpu_is_one_under_all_implementations_and_never_waits(mo
             run(name)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sparse_products_on_the_gpu_equal_float64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All numbers of rows, tiles that are not full, strips that several blocks share; twice, since a kernel must leave its counters as they were."""
+    monkeypatch.setenv("MINITRON_SPARSE_MATMUL", "packed")
+    for rows, cols, density in (
+        (64, 64, 0.5),
+        (100, 130, 0.5),
+        (1000, 4096, 0.3),
+        (4096, 4096, 0.5),
+        (130, 14336, 0.1),
+        (64, 640, 1.0),
+        (64, 64, 0.0),
+    ):
+        weight = sparse_weight(rows, cols, density, dtype)
+        layer = SparseLinear(pack_bitmap(weight), inputs(1, cols, rows, dtype)[1]).cuda()
+        for num in (1, 8, 9, 20, 64, 65, 1):
+            x, bias = inputs(num, cols, rows, dtype)
+            layer.bias = bias.cuda()
+            with torch.no_grad():
+                for _ in range(2):
+                    assert_product(layer(x.cuda()).cpu(), x, weight, bias)
+        assert torch.equal(layer.weight.cpu(), weight)
+
+
+def test_two_of_four_on_the_gpu_equals_dense() -> None:
+    weight = torch.randn(256, 512, device="cuda")
+    weight.view(-1, 4).scatter_(1, weight.abs().view(-1, 4).argsort(1)[:, :2], 0.0)
+    weight, x = weight.bfloat16(), torch.randn(64, 512, device="cuda").bfloat16()
+    assert is_two_of_four(weight)
+    sparse = semi_structured(weight)
+    assert sparse is not weight
+    assert_product(torch.nn.functional.linear(x, sparse).cpu(), x.cpu(), weight.cpu(), None)

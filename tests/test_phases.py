@@ -23,6 +23,7 @@ from minitron.cli import compose, main
 from minitron.config import build_config
 from minitron.data import DataConfig, GlobalBatches, Text, data_fingerprint, open_text
 from minitron.distill.losses import LossConfig
+from minitron.distill.pace import MEASURED
 from minitron.distill.phases import PhasedBatches, phase_at, phase_table
 from minitron.distill.settings import TrainingConfig, later_blends
 from minitron.distill.training import TrainingResult, TrainingRun
@@ -220,10 +221,7 @@ def run_of(
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [
-        {key: value for key, value in row.items() if key not in ("tokens_per_second", "data_seconds")}
-        for row in read_metrics(folder / "metrics.jsonl")
-    ]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in read_metrics(folder / "metrics.jsonl")]
 
 
 def stop_after(number: int) -> Callable[[], bool]:

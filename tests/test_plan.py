@@ -29,6 +29,7 @@ from minitron.distill.state_memory import state_sizes
 from minitron.distill.states import build_states
 from minitron.distill.teacher import TeacherSignal
 from minitron.engine import EngineConfig, OptimizerConfig, build_engine
+from minitron.engine.recompute import checkpoint_activations
 from minitron.models import discover
 from minitron.models.head import decoder_of
 from minitron.models.load import shard_group_size
@@ -63,7 +64,7 @@ class Recipe:
     precision: str = "float32"
     num_micro: int = 2
     tied: bool = False
-    checkpointing: bool = False
+    checkpointing: str = "none"
     ranks: int = 1
     local: int = 1
     shard_size: int | None = None
@@ -115,8 +116,7 @@ class Run:
         configs = {"teacher": self.teacher.config, "student": self.student.config}
         self.states = build_states(recipe.loss, **configs, kept_hidden=None, seed=0, compute_dtype=dtype)
         root = StudentLosses(self.student, recipe.loss, compute_dtype=dtype, states=self.states)
-        if recipe.checkpointing:
-            self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(self.student, recipe.checkpointing)
         taps = self.states.teacher_taps if self.states is not None else []
         signal = TeacherSignal(self.teacher, self.engine, blocks=blocks_of(self.teacher), placement=recipe.placement, taps=taps)
         self.pair = TeacherStudent(self.engine.prepare(root, blocks=blocks_of(self.student)), signal, module=root)
@@ -238,13 +238,14 @@ def test_memory_of_a_local_distillation(folder: Path, precision: str, kernel: st
     assert plan.moments["start of backward"] == pytest.approx(result["peaks"]["backward"], rel=0.1)
 
 
-def test_memory_with_activation_checkpointing(folder: Path) -> None:
-    """Every block keeps its input; the backward pass has one block whole again."""
-    recipe = Recipe(folder, checkpointing=True, num_micro=1)
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_memory_with_activation_checkpointing(folder: Path, mode: str) -> None:
+    """Every block keeps its input, or the results of its products too; the backward pass has one block whole again."""
+    recipe = Recipe(folder, checkpointing=mode, num_micro=1)
     result = watched(recipe)
     student = discover(tiny_model(folder / "student-False").config).architecture
     kept, block = activation_bytes(student, recipe.setup())
-    assert kept == pytest.approx(result["found"]["activations"], rel=0.1) and block > kept
+    assert kept == pytest.approx(result["found"]["activations"], rel=0.1) and block > kept * (mode == "full")
     plan = check_parts(result, "loss")
     assert plan.moments["start of backward"] == pytest.approx(result["peaks"]["backward"], rel=0.1)
 
@@ -420,13 +421,13 @@ def test_plan_prints_memory_and_traffic_and_says_what_fits(capsys: pytest.Captur
     out = capsys.readouterr().out
     assert "in CPU memory" in out and "between nodes" in out and "most at once" in out
     cases = [
-        (["--device", "h200", "--devices", "1", "engine=local"], "engine.activation_checkpointing=true would fit"),
-        (["--device", "a100", "--devices", "8", "engine=local", "engine.activation_checkpointing=true"], "engine=fsdp would fit"),
+        (["--device", "h200", "--devices", "1", "engine=local"], "engine.activation_checkpointing=selective would fit"),
+        (["--device", "a100", "--devices", "8", "engine=local", "engine.activation_checkpointing=full"], "engine=fsdp would fit"),
     ]
     for words, remedy in cases:
         assert remedy in refusal(capsys, *words), words
         assert main(["plan", WIDTH, *words, *remedy.split()[0].split()]) == 0
-    tight = ["--device", "rtx4090", "--devices", "4", "engine.activation_checkpointing=true", "teacher.placement=replicate"]
+    tight = ["--device", "rtx4090", "--devices", "4", "engine.activation_checkpointing=full", "teacher.placement=replicate"]
     told = refusal(capsys, *tight)
     assert "has 24.0 GB" in told and "teacher.placement=" in told
 
@@ -447,3 +448,57 @@ def test_teacher_groups_are_checked_before_anything_is_loaded(capsys: pytest.Cap
 )
 def test_a_sharded_teacher_stays_in_its_node_where_it_can(group: str, world: int, local: int, ranks: int) -> None:
     assert shard_group_size(group, world_size=world, local_world_size=local) == ranks
+
+
+def planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["plan", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)  # type: ignore[no-any-return]
+
+
+def test_scaling_on_paper_is_traffic_over_links_beside_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
+    """1,024 H100: two micro-steps of a sequence, links at 350 and 45 GB/s, arithmetic at 40% of the peak, a failure every 49.5 hours."""
+    words = (WIDTH, "teacher.placement=shard", "--device", "h100", "--devices")
+    plan = planned(capsys, *words, "1024")
+    story, count, teacher = plan["scaling"], plan["student"]["num_parameters"], plan["teacher"]["num_parameters"]
+    embedding, micro = 2 * 128256 * 3072, 2  # lookup and head
+    gathered, reduced = micro * 2 * (2 * count - embedding), micro * 4 * count
+    full, hybrid = story["steps"]["full"], story["steps"]["hybrid"]
+    assert full["network"] == pytest.approx((gathered + reduced) * 1023 / 1024 / 45e9, rel=1e-6)
+    assert full["node"] == pytest.approx(micro * 2 * teacher * 7 / 8 / 350e9, rel=1e-6)
+    assert hybrid["node"] == pytest.approx((gathered + reduced + micro * 2 * teacher) * 7 / 8 / 350e9, rel=1e-6)
+    assert hybrid["network"] == pytest.approx(2 * 4 * count / 8 * 127 / 128 / 45e9, rel=1e-6)
+    compute = plan["flops"]["distill"] / plan["num_steps"] / (1024 * 0.4 * 989.5e12)
+    assert hybrid["compute"] == pytest.approx(compute, rel=0.01) and hybrid["seconds"] == hybrid["compute"] > hybrid["network"]
+    assert story["goodput"]["mtbf"] == pytest.approx(49.5 * 3600, rel=0.01) and 0.99 < story["goodput"]["share"] < 1
+    assert story["checkpoint_every"] == round(story["goodput"]["interval"] / hybrid["seconds"])
+    assert planned(capsys, *words, "8").get("scaling") is None
+    assert main(["plan", *words, "2048"]) == 0
+    out = capsys.readouterr().out
+    assert "a batch of 1152 sequences feeds 1152 devices, the others idle: training.batch_size=2048" in out and "device-hours" in out
+    assert "15,000,000,000,000 tokens" in out
+
+
+def test_cached_and_further_teachers_are_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"teacher.path={folder / 'teacher-False'}", "target=explicit", "target.ffn_size=128", "data.sequence_length=64", "data=python_docs"]
+    words += ["training.num_steps=10", "training.batch_size=4", "training.num_validation_sequences=3", "--device", "h100"]
+    tokens, held_out = 10 * 4 * 64, 2 * 3 * 64
+    alone, cached = planned(capsys, *words)["flops"], planned(capsys, *words, "recipe=cached")["flops"]
+    teacher = discover(tiny_model(folder / "teacher-False").config).architecture
+    whole, blocks = teacher.flops_per_token(64), teacher.flops_per_token(64, head=False)
+    assert cached["cache"] == pytest.approx(tokens * blocks)
+    assert alone["distill"] - cached["distill"] == pytest.approx((tokens + held_out) * blocks)
+    more = planned(capsys, *words, f"teacher.more=[{{path: {folder / 'teacher-False'}}}]")["flops"]
+    assert more["distill"] - alone["distill"] == pytest.approx((tokens + held_out) * whole)
+    sparse = planned(capsys, *words, "recipe=sparse", "sparsify.num_samples=16")["flops"]
+    assert sparse["sparsify"] == pytest.approx(2 * 16 * 64 * blocks)
+
+
+def test_a_machine_is_measured_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys, "experiment=quickstart", "--measure")
+    assert found["measured"]["flops"] > 1e9 and found["measured"]["bandwidth"] > 1e8
+    assert found["decode_seconds"]["student"] < found["decode_seconds"]["teacher"]
+    least = 2.0 * found["teacher"]["num_parameters"] / found["measured"]["bandwidth"]
+    assert found["decode_seconds"]["teacher"] >= least
+    assert "--measure times this machine, --device=h100 names another" in refusal(capsys, "--measure", "--device", "h100")
+    assert "--devices=0 is no number of devices" in refusal(capsys, "--devices", "0")

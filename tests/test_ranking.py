@@ -21,6 +21,7 @@ from helpers_ranks import run_ranks
 from helpers_text import write_jsonl
 
 from minitron import dist
+from minitron.checkpoint.lock import RunLock
 from minitron.cli import main
 from minitron.core.cost import ranking_flops
 from minitron.distill.settings import TrainingConfig
@@ -138,6 +139,31 @@ def test_groups_do_not_change_the_ranking(full: Path, place: Path, tmp_path: Pat
     assert same(run, full, 0.0)
 
 
+def test_the_teachers_head_is_applied_once_for_some(full: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For three of four and for the fourth, a chunk each; and where they do not fit into memory together, each by itself, with the same numbers."""
+    from minitron.ops.kd_chunk import KernelChunks
+    from minitron.ops.kd_walk import Walk
+    from minitron.search import trials
+
+    applied, together, calls = itertools.count(), trials.losses_together, itertools.count()
+    for kind in (KernelChunks, Walk):
+        said = kind.said
+        monkeypatch.setattr(kind, "said", lambda *arguments, said=said: (next(applied), said(*arguments))[1])
+    run = begun(place, tmp_path / "three")
+    assert main(["rank", *options(place, run, "ranking.share_head=3")]) == 0
+    assert next(applied) == 2 * (STEPS * MICRO + 4 * 5) and same(run, full, 0.0)
+
+    def crowded(*arguments: Any, **more: Any) -> Any:
+        if next(calls) == 4 + 5:  # five held-out sequences and four micro-batches have gone well
+            raise MemoryError
+        return together(*arguments, **more)
+
+    monkeypatch.setattr(trials, "losses_together", crowded)
+    run, applied = begun(place, tmp_path / "crowded"), itertools.count()
+    assert main(["rank", *options(place, run)]) == 0
+    assert next(applied) == 5 + 4 + 4 * (STEPS * MICRO - 4 + 3 * 5) and next(calls) == 10 and same(run, full, 0.0)
+
+
 def test_halving_leaves_the_worst_behind(full: Path, halved: Path, place: Path, tmp_path: Path) -> None:
     """As the curves of the full run decide it; groups that swap through checkpoints end the same."""
     curves = {row["name"]: row["curve"] for row in ranking(full)["candidates"]}
@@ -180,10 +206,10 @@ def test_a_killed_ranking_goes_on(full: Path, place: Path, tmp_path: Path, monke
     class Killed(BaseException):
         pass
 
-    def dying(self: Any, name: str) -> bool:
-        if next(taken) == 4 * 3 * MICRO + 3:  # in the fourth step, after two of the four
+    def dying(self: Any, name: str, losses: Any = None) -> Any:
+        if next(taken) == 4 * 3 * (MICRO + 1) + 4 + 3:  # in the fourth step, all having drawn their text, after two of the four
             raise Killed
-        return advance(self, name)
+        return advance(self, name, losses)
 
     monkeypatch.setattr(trials.Trials, "_advance", dying)
     words = options(place, run, "ranking.checkpoint_every=1")
@@ -220,6 +246,52 @@ def test_two_ranks_give_the_ranking_of_one(full: Path, halved: Path, place: Path
     assert same(runs[0][0], full, 1e-5) and same(runs[1][0], halved, 0.0)
 
 
+def rank_failing(place: Path, run: Path, name: str) -> int:
+    """One candidate runs out of memory on the second rank alone, after the collectives of its fourth step."""
+    from minitron.search import trials
+
+    advance = trials.Trials._advance
+
+    def advancing(self: Any, who: str, losses: Any = None) -> Any:
+        found = advance(self, who, losses)
+        if who == name and dist.rank() == 1 and self._open[who].progress.step == 4:
+            raise MemoryError
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials.Trials, "_advance", advancing)
+        return rank_here(place, run)
+
+
+def test_a_failure_on_one_rank_is_heard_by_all(full: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others drop the candidate too. Where they cannot hear of it, it is on record, and the same command goes on without it."""
+    run, name = begun(place, tmp_path / "heard"), told(full)[0][0]
+    assert run_ranks(rank_failing, 2, place, run, name) == [0, 0]
+    rows = ranking(run)["candidates"]
+    assert (rows[-1]["name"], rows[-1]["status"], rows[-1]["reason"]) == (name, "failed", "MemoryError")
+    for row, (other, loss, steps) in zip(rows[:-1], told(full)[1:], strict=True):
+        assert (row["name"], row["steps"]) == (other, steps) and row["loss"] == pytest.approx(loss, abs=1e-5)
+
+    from minitron.search import trials
+
+    run, advance = begun(place, tmp_path / "unheard"), trials.Trials._advance
+
+    def unheard(self: Any, reason: str | None) -> None:
+        if reason is not None:
+            raise dist.NoAgreement(reason)
+
+    def advancing(self: Any, who: str, losses: Any = None) -> Any:
+        if who == name and self._open[who].progress.step == 3:
+            raise MemoryError
+        return advance(self, who, losses)
+
+    monkeypatch.setattr(dist.Agreement, "told", unheard)
+    monkeypatch.setattr(trials.Trials, "_advance", advancing)
+    assert main(["rank", *options(place, run)]) == 2
+    assert main(["rank", *options(place, run)]) == 0
+    assert told(run)[:-1] == told(full)[1:] and ranking(run)["candidates"][-1]["reason"] == "MemoryError"
+
+
 def test_tasks_give_the_ranking_of_one_process(full: Path, halved: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By files alone; a task that is ahead leaves and comes back; the last command has nothing left to train."""
     run = begun(place, tmp_path / "run")
@@ -250,6 +322,24 @@ def test_a_task_of_other_settings_is_not_taken(place: Path, tmp_path: Path) -> N
     assert manifest(run)["results"]["teacher_forwards"] == STEPS * MICRO + 5
 
 
+def test_what_tasks_have_not_trained_is_named(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With ``ranking.from_tasks`` nothing is trained. Tasks share the run folder with others at work."""
+    run = begun(place, tmp_path / "run")
+    assert main(["rank", *options(place, run, "ranking.task=0/2")]) == 0
+    names = [json.loads(line)["name"] for line in (run / "candidates" / "candidates.jsonl").read_text().splitlines()]
+    capsys.readouterr()
+    assert main(["rank", *options(place, run, "ranking.from_tasks=true")]) == 2
+    told = capsys.readouterr().err
+    assert f"minitron: {names[1]}, {names[3]} have not come to step {STEPS} in ranking.tasks" in told
+    assert main(["rank", *options(place, run, "ranking.from_tasks=true", "ranking.task=0/2")]) == 2
+    lock = RunLock(run)  # of another run in the folder
+    lock.acquire()
+    assert main(["rank", *options(place, run, "ranking.task=1/2")]) == 0
+    lock.release()
+    assert main(["rank", *options(place, run, "ranking.from_tasks=true")]) == 0
+    assert manifest(run)["results"]["teacher_forwards"] == 0
+
+
 def test_a_failing_candidate_does_not_stop_the_rest(full: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One runs out of memory while it is cut, one in training, one has no finite loss: recorded with reasons, ranked last."""
     from minitron.search import trials
@@ -264,13 +354,14 @@ def test_a_failing_candidate_does_not_stop_the_rest(full: Path, place: Path, tmp
             raise torch.OutOfMemoryError("out of memory: tried to allocate")
         return cut(context, plan, dtype=dtype)
 
-    def advancing(self: Any, name: str) -> bool:
-        if name == names[2] and self._open[name].progress.step == 3:
+    def advancing(self: Any, name: str, losses: Any = None) -> Any:
+        begins = losses is None and self._open[name].progress.step == 3
+        if name == names[2] and begins:
             raise MemoryError
-        if name == names[1] and self._open[name].progress.step == 3:
+        if name == names[1] and begins:
             for weight in self._open[name].run.student.parameters():
                 torch.nn.init.constant_(weight, math.nan)
-        return advance(self, name)
+        return advance(self, name, losses)
 
     monkeypatch.setattr(stage, "cut_in_memory", cutting)
     monkeypatch.setattr(trials.Trials, "_advance", advancing)
@@ -313,8 +404,9 @@ def test_costs(full: Path, halved: Path, place: Path) -> None:
             shape = teacher.from_dict(row["architecture"], teacher.layout, tuple(row["kept_layers"]))
             student, whole, body = shape.flops_per_token(24), teacher.flops_per_token(24), teacher.flops_per_token(24, head=False)
             expected["independent"] += record.reached * 4 * 24 * (3 * student + whole) + len(record.curve) * tokens * (student + whole)
-            expected["shared"] += record.reached * 4 * 24 * (3 * student + whole - body) + len(record.curve) * tokens * (student + whole - body)
-        expected["shared"] += (STEPS * 4 * 24 + tokens) * teacher.flops_per_token(24, head=False)
+            expected["shared"] += record.reached * 4 * 24 * 3 * student + len(record.curve) * tokens * student
+        heads = STEPS * 4 * 24 + 4 * tokens  # one for all four, as long as any is there
+        expected["shared"] += (STEPS * 4 * 24 + tokens) * body + heads * (whole - body)
         cost = ranking(run)["cost"]
         assert cost["independent"] == pytest.approx(expected["independent"]) and cost["shared"] == pytest.approx(expected["shared"])
     one = ranking_flops(teacher, [(teacher, 3, 2)], tokens_per_step=10, held_out_tokens=0, sequence_length=8)
@@ -334,6 +426,7 @@ def test_costs(full: Path, halved: Path, place: Path) -> None:
         ({"rungs": [400]}, "must rise and end below"),
         ({"rungs": [5, 40]}, "the first rung lies inside the warm-up of 10 steps"),
         ({"together": 0}, "ranking.together=0 must be at least 1"),
+        ({"share_head": 0}, "ranking.share_head=0 must be at least 1"),
         ({"num_steps": 0}, "ranking.num_steps=0 must be at least 1"),
     ],
 )
@@ -483,3 +576,37 @@ def test_the_report_tells_how(full: Path, halved: Path, place: Path, tmp_path: P
     losses = {row["name"]: row["loss"] for row in ranking(full)["candidates"]}
     assert again["regret"] == pytest.approx(losses[again["chosen"]] - min(losses.values())) and 0 < again["share_of_steps"] < 1
     assert [row["step"] for row in ranking(full)["tau"]] == [4, 6]
+
+
+def test_candidates_are_asked_tasks(
+    full: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scores at every evaluation beside the losses, which stay what they were; a task that does not exist is refused."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: tasks in rankings are NOT tested")
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [{"question": "the quick", "choices": ["lazy dog", "small river"], "gold": number % 2} for number in range(3)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = 'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: gold\nmetric_list: [{metric: acc}]\n'
+    data = "dataset_path: json\ndataset_kwargs: {data_files: {validation: rows.jsonl}}\nvalidation_split: validation\n"
+    (folder / "animals.yaml").write_text(f"task: animals\noutput_type: multiple_choice\n{data}{names}")
+    run = begun(place, tmp_path / "run")
+    words = options(place, run, "ranking.tasks=[animals]", f"evaluate.task_path={folder}", "ranking.num_steps=2", "evaluate.limit=2")
+    assert main(["rank", *words]) == 0
+    for row in ranking(run)["candidates"]:
+        assert [point["step"] for point in row["curve"]] == [0, 2]
+        scores = [point["tasks"]["animals"] for point in row["curve"]]
+        assert all(score["num_examples"] == 2 and score["metrics"]["acc"]["value"] in (0.0, 0.5, 1.0) for score in scores)
+        told_alone = next(
+            point for other in ranking(full)["candidates"] if other["name"] == row["name"] for point in other["curve"] if point["step"] == 0
+        )
+        assert row["curve"][0]["loss"] == told_alone["loss"]
+    capsys.readouterr()
+    assert main(["rank", *options(place, run, "ranking.tasks=[animals]", f"evaluate.task_path={tmp_path / 'none'}")]) == 2
+    assert "is no folder" in capsys.readouterr().err
+    assert main(["rank", *options(place, run, "ranking.tasks=[animals]", "engine=fsdp")]) == 2
+    assert "use ranking.placement=apart" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from minitron.cli import main
 from minitron.core.scores import ImportanceScores
+from minitron.distill.pace import MEASURED
 from minitron.tracking.jsonl import read_metrics
 
 STAGES = ("importance", "search", "rank", "prune", "distill", "export", "evaluate", "report")
@@ -57,7 +58,7 @@ def options(place: Path, run: Path, *more: str) -> list[str]:
     data = [f"teacher.path={place / 'teacher'}", f"data.path={place / 'text.jsonl'}", "data.sequence_length=24", "data.validation_fraction=0.2"]
     cut = ["importance.num_samples=8", "target.ratio=0.7", "target.tolerance=0.15", "search.divisor=8", "search.num_candidates=2"]
     rank = ["ranking.num_steps=2", "ranking.num_validation_sequences=2", "ranking.evaluate_every=1"]
-    rank += ["evaluate.num_sequences=6", "evaluate.batch_size=4"]
+    rank += ["evaluate.num_sequences=6", "evaluate.batch_size=4", "evaluate.speed.batch_sizes=[]"]  # times are never the same twice
     train = [f"training.num_steps={NUM_STEPS}", "training.batch_size=4", "training.micro_batch_size=2", "training.learning_rate=1e-3"]
     train += ["training.checkpoint_every=2", "training.num_validation_sequences=4", "training.evaluate_every=20"]
     return [f"run_dir={run}", *data, *cut, *rank, *train, "training.precision=float32", "teacher.dtype=float32", *more]
@@ -179,8 +180,12 @@ def test_report_stands_alone(finished: Path) -> None:
 
 
 def times(run: Path) -> dict[str, int]:
-    """Modification times of everything but the record of the last command."""
-    return {str(path.relative_to(run)): path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "run.json"}
+    """Modification times of everything but the record of commands."""
+    return {
+        str(path.relative_to(run)): path.stat().st_mtime_ns
+        for path in run.rglob("*")
+        if path.is_file() and path.name not in ("run.json", "events.jsonl")
+    }
 
 
 def test_again_does_nothing_and_says_so(finished: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,7 +239,7 @@ def losses(folder: Path) -> dict[int, list[Any]]:
     """Everything that a step's line says, but how fast it was."""
     rows: dict[int, list[Any]] = {}
     for row in read_metrics(folder / "metrics.jsonl"):
-        rows.setdefault(row["step"], []).append({key: value for key, value in row.items() if key not in ("tokens_per_second", "data_seconds")})
+        rows.setdefault(row["step"], []).append({key: value for key, value in row.items() if key not in MEASURED})
     return rows
 
 

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from minitron.cli import main
 from minitron.core.architecture import Architecture
+from minitron.core.events import attempt
 from minitron.core.plan import PrunePlan
 from minitron.core.scores import ImportanceScores
-from minitron.errors import CheckpointError
-from minitron.report import formats, write_report
+from minitron.errors import CheckpointError, ConfigError
+from minitron.report import formats, write_comparison, write_report
 from minitron.report.charts.scales import linear, logarithmic
 from minitron.report.markup import Html, tag
 
@@ -320,3 +322,104 @@ def test_scales_hold_their_values_between_round_ticks() -> None:
         scale = linear(values, start=0, end=100)
         assert all(-1e-6 <= scale(v) <= 100 + 1e-6 for v in values) and 2 <= len(scale.ticks) <= 9
     assert logarithmic([0.01, 100.0], start=0, end=100).ticks == (0.01, 0.1, 1.0, 10.0, 100.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- tasks, speed, faults, comparison
+
+
+def measure(run: Path, *, accuracy: float = 0.42, gain: float = 1.25) -> Path:
+    """Add scores and times of teacher and student to a run's evaluation."""
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    for name, value, factor in (("teacher", 0.455, 1.0), ("student", accuracy, gain)):
+        scores = {"acc": {"value": value, "stderr": 0.0125}, "acc_norm": {"value": value + 0.1, "stderr": None}}
+        metrics[name]["tasks"] = {"arc<easy>": {"metrics": scores, "num_examples": 2376}}
+        batch = {"batch_size": 1, "prefill_ms": 140.0 / factor, "prefill_ms_range": [130.0, 150.0], "decode_ms": 40.0 / factor}
+        batch |= {"decode_ms_range": [39.0, 44.0], "tokens_per_second": 25.0 * factor, "peak_memory_bytes": None}
+        metrics[name]["speed"] = {
+            "weight_bytes": 2**20,
+            "prompt_tokens": 128,
+            "new_tokens": 16,
+            "num_rounds": 3,
+            "dtype": "bfloat16",
+            "device": "cpu",
+        }
+        metrics[name]["speed"]["batches"] = [batch, {"batch_size": 8, "reason": "out of memory"}]
+    write_json(run / "evaluation" / "metrics.json", metrics)
+    return run
+
+
+def test_scores_with_their_errors_and_times_with_their_gain(tmp_path: Path) -> None:
+    result = write_report(measure(make_run(tmp_path / "run")), tmp_path / "out", title="t")
+    page = (tmp_path / "out" / "index.html").read_text()
+    words = " ".join(check(page).words)
+    assert result["sections"][1:4] == ["evaluation", "tasks", "speed"] and result["speedup"] == pytest.approx(1.25)
+    for expected in (
+        "0.455",
+        "± 0.013",
+        "arc<easy>",
+        "2,376 examples each",
+        "1.25×",
+        "31.2",
+        "out of memory",
+        "It writes 1.2 times as fast",
+    ):
+        assert expected in words, expected
+    assert "arc&lt;easy&gt;, acc_norm, student: 0.52" in page  # the mark's tooltip; a figure without an error has none
+
+
+def test_every_start_and_fault_is_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with attempt(run, stages=["importance", "search", "rank", "prune"], num_processes=8):
+        pass
+    (run / "events.jsonl").write_text((run / "events.jsonl").read_text().splitlines()[0] + "\n")  # killed: no end
+    with pytest.raises(CheckpointError), attempt(run, stages=["distill"], num_processes=4):
+        raise CheckpointError("rank 3 <gone>")
+    with attempt(run, stages=["distill"], num_processes=4):
+        rows = [json.loads(line) for line in (run / "student" / "metrics.jsonl").read_text().splitlines()]
+        more = {5: {"skipped_steps": 0.0}, 6: {"skipped_steps": 2.0}, 7: {"loss_spike": 14.3}, 3: {"went_back_from": 9}}
+        write_lines(run / "student" / "metrics.jsonl", [row | more.get(row["step"], {}) for row in rows])
+        result = write_report(run, tmp_path / "out", title="t")
+    words = " ".join(check((tmp_path / "out" / "index.html").read_text()).words)
+    assert result["sections"][-2:] == ["faults", "provenance"]
+    for expected in ("3 starts, 2 of them ended early; 3 faults", "importance to prune", "killed", "refused", "rank 3 <gone>", "at work"):
+        assert expected in words, expected
+    for expected in ("2 skipped: gradients", "leapt by 14 robust", "went back here from step 9"):
+        assert expected in words, expected
+    assert [row["event"] for row in map(json.loads, (run / "events.jsonl").read_text().splitlines())][-1] == "complete"
+
+
+def test_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = measure(make_run(tmp_path / "one" / "run"))
+    second = measure(make_run(tmp_path / "two" / "run"), accuracy=0.44, gain=1.5)
+    document = json.loads((second / "student" / "manifest.json").read_text())
+    document["settings"]["training"] = {"learning_rate": 0.125}
+    write_json(second / "student" / "manifest.json", document)
+    metrics = json.loads((second / "evaluation" / "metrics.json").read_text())
+    metrics["student"] |= {"loss": 2.25, "perplexity": math.exp(2.25)}
+    write_json(second / "evaluation" / "metrics.json", metrics)
+    out = tmp_path / "pages" / "compare.html"
+    assert main(["report", str(first), str(second), f"out={out}", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["runs"] == ["one/run", "two/run"] and told["bytes"] == len(out.read_bytes())
+    page = out.read_text()
+    words = " ".join(check(page).words)
+    assert "The lowest held-out loss is that of two/run: 2.250 nats per token" in words
+    for expected in ("1.25×", "1.50×", "0.52", "0.54", "training.learning_rate", "0.125", "Held-out loss"):
+        assert expected in words, expected
+    assert "<b>2.250</b>" in page and "<b>2.434</b>" not in page and "data.sequence_length" not in words
+
+
+def test_a_comparison_wants_different_runs_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run")
+    with pytest.raises(ConfigError, match="two or more different run folders"):
+        write_comparison([run, tmp_path / "run" / ".." / "run"], tmp_path / "c.html", title="t")
+    assert main(["report", str(run), str(tmp_path / "none")]) == 2 and "there is no run at" in capsys.readouterr().err
+    assert main(["report", str(run), str(run), "seed=3"]) == 2 and "takes out=FILE.html and no option 'seed'" in capsys.readouterr().err
+
+
+def test_a_report_of_one_run_leaves_the_record_of_how_it_was_made(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    before = (run / "run.json").read_text()
+    assert main(["report", str(run)]) == 0
+    page = (run / "report" / "index.html").read_text()
+    assert (run / "run.json").read_text() == before and "<h1>quickstart</h1>" in page

@@ -531,7 +531,7 @@ def test_the_command_from_a_config_alone(tmp_path: Path, capsys: pytest.CaptureF
     held = 256 * 4096
     alone = 400 * tokens * (3 * students + 18 * head) + 9 * held * (students + 18 * head)
     assert preview["ranking_flops"]["independent"] == pytest.approx(alone)
-    saved = (17 * 400 * tokens + (9 * 18 - 1) * held) * body
+    saved = (17 * 400 * tokens + (9 * 18 - 1) * held) * body + (18 - 5) * (400 * tokens + 9 * held) * (head - body)  # a head for every four
     assert preview["ranking_flops"]["shared"] == pytest.approx(alone - saved)
     assert main(["search", "experiment=minitron_4b", f"run_dir={run}", "--dry-run", "ranking.method=halving"]) == 0
     table = capsys.readouterr().out

@@ -26,6 +26,7 @@ from minitron.distill.filters import FilteredSide
 from minitron.distill.losses import DYNAMIC, STATE_LOSSES, LossConfig
 from minitron.distill.losses.state import StatesConfig, lifting_matrix
 from minitron.distill.opening import first_terms, open_losses
+from minitron.distill.pace import MEASURED
 from minitron.distill.settings import TrainingConfig
 from minitron.distill.training import TrainingResult, TrainingRun
 from minitron.engine import EngineConfig
@@ -139,9 +140,12 @@ def test_an_engine_follows_local(folder: Path, local: dict[str, Any], engine: st
         torch.testing.assert_close(tensor, local["weights"][name], rtol=0, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize(("engine", "stage", "ranks"), [("local", 0, 1), ("fsdp", 0, 2), ("deepspeed", 3, 2)])
-def test_activation_checkpointing_changes_nothing(folder: Path, local: dict[str, Any], engine: str, stage: int, ranks: int) -> None:
-    result = run_ranks(scenario, ranks, Case(folder, engine=engine, zero_stage=stage, checkpointing=True))[0]
+CHECKPOINTED = [("local", 0, 1, "full"), ("local", 0, 1, "selective"), ("fsdp", 0, 2, "full"), ("deepspeed", 3, 2, "full")]
+
+
+@pytest.mark.parametrize(("engine", "stage", "ranks", "mode"), CHECKPOINTED)
+def test_activation_checkpointing_changes_nothing(folder: Path, local: dict[str, Any], engine: str, stage: int, ranks: int, mode: str) -> None:
+    result = run_ranks(scenario, ranks, Case(folder, engine=engine, zero_stage=stage, checkpointing=mode))[0]
     for mine, other in zip(result["curve"], local["curve"], strict=True):
         for name in ("loss", "alpha", "gradient_norm", *ALL_TERMS):
             assert mine[name] == pytest.approx(other[name], rel=2e-5), name
@@ -160,7 +164,7 @@ def test_resuming_is_exact(folder: Path, engine: str, stage: int, ranks: int) ->
     """The dynamic weight, the filters of the first stage and the maps are in the checkpoint, bit for bit."""
     whole, halves = run_ranks(both_ways, ranks, Case(folder, engine=engine, zero_stage=stage))[0]
     for row, other in zip(halves["curve"], whole["curve"], strict=True):
-        assert {**row, "tokens_per_second": 0, "data_seconds": 0} == {**other, "tokens_per_second": 0, "data_seconds": 0}
+        assert {**row, **dict.fromkeys(MEASURED, 0)} == {**other, **dict.fromkeys(MEASURED, 0)}
     assert all(torch.equal(halves["weights"][name], tensor) for name, tensor in whole["weights"].items())
     assert halves["extra"].keys() == whole["extra"].keys() and len(whole["extra"]) == 5
     assert all(torch.equal(halves["extra"][name], tensor) for name, tensor in whole["extra"].items())
@@ -223,10 +227,7 @@ def training(folder: Path, text: Text, out: Path, *, stop: Callable[[], bool] = 
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [
-        {key: value for key, value in row.items() if key not in ("tokens_per_second", "data_seconds")}
-        for row in read_metrics(folder / "metrics.jsonl")
-    ]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in read_metrics(folder / "metrics.jsonl")]
 
 
 def test_a_stopped_training_goes_on_as_if_it_had_not_been_stopped(folder: Path, text: Text, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ Activations are what autograd keeps, counted module by module as the Hugging Fac
 - Experts: the same for each of a token's experts, with the copy of the token that each of them reads.
 - Residual additions keep nothing.
 
-With activation checkpointing every block keeps its input, and one block at a time holds all of the above while it is recomputed.
+With full activation checkpointing every block keeps its input, and one block at a time holds all of the above while it is recomputed. The selective
+one keeps the results of products and attention besides, and recomputes the rest.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Setup:
     offload: str = "none"
     width: int = 4
     teacher_width: int = 4
-    checkpointing: bool = False
+    checkpointing: str = "none"
     num_sequences: int = 1
     sequence_length: int = 1
     num_micro_batches: int = 1
@@ -109,9 +110,33 @@ def activation_bytes(shape: Architecture, setup: Setup) -> tuple[float, float]:
     stream = (4 if setup.autocast else setup.width) * shape.hidden_size
     fused = sum(spec.layer is None and len(spec.dims) == 1 and "hidden" in spec.axes() for spec in shape.layout.parameters) > 1
     ends = setup.tokens * (2 * 8 + _norm_bytes(shape.hidden_size, setup, fused=fused) + stream)  # ids and labels, final norm, what it hands over
-    if setup.checkpointing:
-        return setup.tokens * stream * len(layers) + ends, max(layers)
-    return sum(layers) + ends, 0.0
+    if setup.checkpointing == "none":
+        return sum(layers) + ends, 0.0
+    inputs = setup.tokens * stream * len(layers) + ends
+    if setup.checkpointing == "full":
+        return inputs, max(layers)
+    products = [_product_bytes(shape.layout.by_layer[layer % shape.layout.num_layers], shape, setup) for layer in kept]
+    return inputs + sum(every for every, _ in products), max(whole - used for whole, (_, used) in zip(layers, products, strict=True))
+
+
+def _product_bytes(specs: Sequence[ParameterSpec], shape: Architecture, setup: Setup) -> tuple[float, float]:
+    """Bytes of the results of one layer's products and attention, and of those of them that autograd keeps anyway: values, attention, branches."""
+    axes = {axis for spec in specs for axis in spec.axes()}
+    every = used = 0.0
+    for spec in specs:
+        if len(spec.dims) == 2 and spec.expert is None:
+            every += setup.width * spec.shape(shape.size)[0]
+    if "head" in axes:
+        every += setup.width * shape.num_heads * shape.head_dim + 4 * shape.num_heads
+        used += setup.width * (shape.num_heads + shape.num_kv_heads) * shape.head_dim + 4 * shape.num_heads
+    for axis in ("ffn", "shared_ffn"):
+        if axis in axes:
+            used += setup.width * (2 if _gated(specs, axis, shape) else 1) * shape.size(axis)
+    if "expert" in axes:
+        branches = (2 if _gated(specs, "expert_ffn", shape) else 1) * shape.expert_ffn_size
+        every += setup.width * shape.num_experts_per_token * (branches + shape.hidden_size)
+        used += setup.width * shape.num_experts_per_token * branches
+    return setup.tokens * every, setup.tokens * used
 
 
 def _layer_bytes(specs: Sequence[ParameterSpec], shape: Architecture, setup: Setup) -> float:

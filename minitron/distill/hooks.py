@@ -9,18 +9,20 @@ import torch
 from minitron.core.protocols import Tracker
 from minitron.distill.best import BestWeights
 from minitron.distill.loop import Hook, StepReport
+from minitron.distill.pace import Pace
 from minitron.distill.pair import TeacherStudent
 from minitron.distill.resume import TrainingState
 from minitron.distill.validation import validate
 from minitron.log import Progress
 
 
-def log_hook(tracker: Tracker, bar: Progress, *, every: int, num_steps: int) -> Hook:
+def log_hook(tracker: Tracker, bar: Progress, pace: Pace, *, every: int, num_steps: int) -> Hook:
     """Metrics to the trackers every few steps, and a progress line."""
 
     def hook(report: StepReport) -> None:
+        pace.count(report)
         if report.step % every == 0 or report.step == num_steps:
-            metrics = report.read()
+            metrics = pace.read(report)
             tracker.log(report.step, metrics)
             bar.advance(report.step - bar.done, f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:.0f} tokens/s")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,7 +12,10 @@ import torch
 from minitron import dist
 from minitron.core.protocols import Engine
 from minitron.distill.pair import TeacherStudent
+from minitron.log import get_logger
 from minitron.ops.kd_loss import IGNORE_INDEX
+
+logger = get_logger(__name__)
 
 
 class Batches(Protocol):
@@ -53,12 +56,36 @@ class StepReport:
 
     def _read(self) -> dict[str, float]:
         names = list(self.terms)
-        stacked = dist.all_reduce_sum(torch.stack([self.terms[name].detach().float() for name in names]))
-        values: dict[str, Any] = dict(zip(names, stacked.tolist(), strict=True))
+        own = [self.data_seconds if rank == dist.rank() else 0.0 for rank in range(dist.world_size())]
+        terms = torch.stack([self.terms[name].detach().float() for name in names])
+        told = dist.all_reduce_sum(torch.cat([terms, torch.tensor(own, device=terms.device)])).tolist()
+        values: dict[str, Any] = dict(zip(names, told, strict=False))
+        waits = told[len(names) :]
+        _name_slow_rank(self.step, waits)
         values |= {name: float(value) for name, value in self.values.items()}
         values |= {"learning_rate": self.learning_rate, "gradient_norm": float(self.gradient_norm)}
-        rate = self.step_tokens / max(self.seconds, 1e-9)
-        return {"tokens": self.tokens, **values, "tokens_per_second": rate, "data_seconds": self.data_seconds}
+        return {"tokens": self.tokens, **values, "data_seconds": max(waits)}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A micro-batch whose losses are wanted next."""
+
+    batch: dict[str, torch.Tensor]
+    denominator: torch.Tensor
+
+
+#: The steps of a training for someone else to advance; see :func:`train_steps`.
+Steps = Generator[Asked | StepReport, dict[str, torch.Tensor] | None, None]
+#: Seconds by which a rank's text may come later than that of most ranks before it is named.
+_LATE = 2.0
+
+
+def _name_slow_rank(step: int, waits: list[float]) -> None:
+    """Say which rank all others wait for, where one's text comes late. ``waits``: seconds of every rank."""
+    usual = sorted(waits)[(len(waits) - 1) // 2]
+    if dist.is_main() and max(waits) > usual + _LATE:
+        logger.warning("  step %d: rank %d waited %.1f s for its text, most ranks %.1f s", step, waits.index(max(waits)), max(waits), usual)
 
 
 #: Called after every optimiser step on every rank; a true answer stops training.
@@ -96,10 +123,10 @@ def train_steps(
     num_steps: int,
     progress: Progress,
     hooks: list[Hook],
-) -> Iterator[StepReport | None]:
-    """The same for someone else to advance: halts with None between the micro-batches of a step, and with its report after a step's hooks.
+) -> Steps:
+    """The same for someone else to advance: halts before every micro-batch and asks for its losses, and with its report after a step's hooks.
 
-    Students that are advanced in turn are at the same micro-batch, so that one teacher forward serves them all.
+    Who advances several students sends each its losses, computed for all at once; to who sends nothing the pair answers.
     """
     while progress.step < num_steps:
         started = time.perf_counter()
@@ -110,12 +137,11 @@ def train_steps(
 
         sums: dict[str, torch.Tensor] = {}
         for index, batch in enumerate(micro_batches):
-            terms = pair.losses(batch, denominator)
+            terms = (yield Asked(batch, denominator)) or pair.losses(batch, denominator)
             engine.backward(terms["loss"], boundary=index == len(micro_batches) - 1)
             for name, value in terms.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
-            if index < len(micro_batches) - 1:
-                yield None
+            del terms
 
         rate = learning_rate(progress.step)
         gradient_norm = engine.step(rate)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +24,14 @@ from minitron.models.states import captured, find_spots
 from minitron.ops.agreement import AGREEMENT
 from minitron.ops.documents import document_starts
 from minitron.ops.head import Head
-from minitron.ops.kd_loss import IGNORE_INDEX, WeightedRowLoss, fused_linear_losses
+from minitron.ops.kd_loss import IGNORE_INDEX, StudentRows, SweptLosses, WeightedRowLoss, fused_linear_losses, sweep_heads
 
 #: What validation measures: language-modelling loss, and with a teacher the divergence from it; beside them, how often both agree.
 _VALIDATION: dict[str, float | str] = {"cross_entropy": 1.0, "forward_kl": 1.0}
+#: For each teacher what a walk over the rows has found for each of these students.
+Sweep = Callable[[Sequence[StudentRows]], list[list[SweptLosses]]]
+#: A student that comes to its teachers' heads, and how to walk them with it → for each teacher what was found for it.
+Meet = Callable[[StudentRows, Sweep], list[SweptLosses]]
 #: What the pair adds to a checkpoint.
 _PREFIX = "losses/"
 
@@ -78,6 +84,7 @@ class StudentLosses(nn.Module):
         states_only: bool = False,
         others: Sequence[tuple[float, torch.Tensor, Head]] = (),
         teacher_sparse: SparseTargets | None = None,
+        meet: Meet | None = None,
     ) -> dict[str, torch.Tensor]:
         """Loss terms of one micro-batch, each summed over its valid tokens and divided by ``denominator``.
 
@@ -94,6 +101,7 @@ class StudentLosses(nn.Module):
             others: of every further teacher its weight (the first weighs 1), hidden states and head. Every loss on logits is then the weighted
                 mean of the losses to each teacher, Σ wᵢ·L(student, teacherᵢ) / Σ wᵢ. For forward KL that has the gradient of the divergence from
                 the mixture Σ wᵢ·pᵢ / Σ wᵢ of their probabilities. Losses on states follow the first alone.
+            meet: where students that read the same rows wait for each other, so that the teachers' heads are applied once for all of them.
             states_only: compute no loss and return the student's states by their number in ``states.student_taps``.
 
         Returns:
@@ -108,7 +116,7 @@ class StudentLosses(nn.Module):
         if states_only:
             return {str(number): states[tap] for number, tap in enumerate(self._spots)}
         teachers = [(1.0, teacher_hidden, teacher_head), *others]
-        options: dict[str, Any] = {"denominator": denominator, "weights": weights, "temperature": 1.0 if validate else self.temperature}
+        options: dict[str, Any] = {"denominator": denominator, "weights": weights, "temperature": 1.0 if validate else self.temperature, "meet": meet}
         total, values = self._losses_on_logits(hidden, labels, losses, teachers, sparse=teacher_sparse, **options)
         terms = {loss.name: values[i] for i, loss in enumerate(losses)}
         if self.states is not None and not validate:
@@ -130,6 +138,7 @@ class StudentLosses(nn.Module):
         weights: torch.Tensor | None,
         temperature: float,
         sparse: SparseTargets | None,
+        meet: Meet | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Total and terms: the weighted mean over ``teachers``, each of a weight, hidden states and head."""
         head = self.head()
@@ -137,22 +146,24 @@ class StudentLosses(nn.Module):
         vocab = min([head.num_tokens, *(theirs.num_tokens for _, _, theirs in teachers if theirs is not None)])
         if sparse is not None:
             vocab = min(vocab, sparse.num_tokens)
-        parts = [
-            fused_linear_losses(
-                hidden.flatten(0, 1),
-                head.first(vocab),
-                labels.flatten(),
-                losses,
-                denominator=denominator,
-                teacher_hidden=None if states is None else states.flatten(0, 1),
-                teacher_head=None if theirs is None else theirs.first(vocab),
-                teacher_sparse=sparse,
-                token_weights=None if weights is None else weights.flatten(-2),
-                temperature=temperature,
-                compute_dtype=self.compute_dtype,
-            )
+        rows, targets = StudentRows(hidden.flatten(0, 1), head.first(vocab)), labels.flatten()
+        walks: list[dict[str, Any]] = [
+            {
+                "denominator": denominator,
+                "teacher_hidden": None if states is None else states.flatten(0, 1),
+                "teacher_head": None if theirs is None else theirs.first(vocab),
+                "teacher_sparse": sparse,
+                "token_weights": None if weights is None else weights.flatten(-2),
+                "temperature": temperature,
+                "compute_dtype": self.compute_dtype,
+            }
             for _, states, theirs in teachers
         ]
+        if meet is None:
+            parts = [fused_linear_losses(rows.hidden, rows.head, targets, losses, **walk) for walk in walks]
+        else:
+            found = meet(rows, lambda students: [sweep_heads(students, targets, losses, **walk) for walk in walks])
+            parts = [swept.attached(rows) for swept in found]
         return weighted_mean(parts, [weight for weight, _, _ in teachers])
 
 
@@ -193,27 +204,25 @@ class TeacherStudent:
 
     def losses(self, batch: dict[str, torch.Tensor], denominator: torch.Tensor, *, validate: bool = False) -> dict[str, torch.Tensor]:
         """Loss terms of one micro-batch of CPU tensors."""
-        device = dist.device()
+        return losses_together([self], batch, denominator, validate=validate)[0]
+
+    def _told(self, batch: dict[str, torch.Tensor], held: ExitStack) -> dict[str, Any]:
+        """What the teachers say of a micro-batch; their heads are whole as long as they are ``held``."""
         said = self.teacher.says(batch["input_ids"]) if self.teacher is not None else Said()
-        alpha = None
-        if self.alpha is not None:  # unknown in the pass that finds the first one
-            alpha = self.alpha.value if self.alpha.value is not None else torch.ones((), device=device)
         others = [(weight, signal, signal.hidden(batch["input_ids"])) for signal, weight in self._others]
-        with ExitStack() as held:
-            head = held.enter_context(self.teacher.head()) if self.teacher is not None else None
-            return self._root(
-                batch["input_ids"].to(device, non_blocking=True),
-                batch["labels"].to(device, non_blocking=True),
-                denominator,
-                teacher_hidden=said.hidden,
-                teacher_head=head,
-                weights=batch["weights"].to(device, non_blocking=True) if "weights" in batch else None,
-                validate=validate,
-                teacher_states=said.states,
-                alpha=alpha,
-                others=[(weight, theirs, held.enter_context(signal.head())) for weight, signal, theirs in others],
-                teacher_sparse=said.sparse,
-            )
+        return {
+            "teacher_hidden": said.hidden,
+            "teacher_head": held.enter_context(self.teacher.head()) if self.teacher is not None else None,
+            "teacher_states": said.states,
+            "others": [(weight, theirs, held.enter_context(signal.head())) for weight, signal, theirs in others],
+            "teacher_sparse": said.sparse,
+        }
+
+    def _alpha(self) -> torch.Tensor | None:
+        """The dynamic weight, 1 in the pass that finds the first one."""
+        if self.alpha is None:
+            return None
+        return self.alpha.value if self.alpha.value is not None else torch.ones((), device=dist.device())
 
     @torch.no_grad()
     def states(self, batch: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -237,3 +246,50 @@ class TeacherStudent:
             self.alpha.load_state_dict(own)
         if self.module is not None and self.module.states is not None:
             self.module.states.load_extra_state(own)
+
+
+def losses_together(
+    pairs: Sequence[TeacherStudent], batch: dict[str, torch.Tensor], denominator: torch.Tensor, *, validate: bool = False
+) -> list[dict[str, torch.Tensor]]:
+    """Loss terms of several students of the same teachers for one micro-batch of CPU tensors; each is then taken backward by itself.
+
+    Every student's forward is called inside the one before it: an engine has the weights of a student whole inside its own forward alone, and so
+    all of them are when the last student comes to the teacher's head. The activations of all are in memory until they are taken backward.
+    """
+    with ExitStack() as held:
+        told = pairs[0]._told(batch, held)
+        inputs = [batch[name].to(dist.device(), non_blocking=True) for name in ("input_ids", "labels")]
+        weights = batch["weights"].to(dist.device(), non_blocking=True) if "weights" in batch else None
+
+        def forward(pair: TeacherStudent, **options: Any) -> dict[str, torch.Tensor]:
+            return pair._root(*inputs, denominator, validate=validate, weights=weights, alpha=pair._alpha(), **told, **options)
+
+        if len(pairs) == 1:
+            return [forward(pairs[0])]
+        meeting = _Meeting(pairs, forward)
+        meeting.call(0)
+        return meeting.results[::-1]
+
+
+@dataclass
+class _Meeting:
+    """Students on their way to their teachers' heads. An object and no function inside another: one that calls itself would live, and with it the
+    gradients that it has found, until garbage is collected."""
+
+    pairs: Sequence[TeacherStudent]
+    forward: Callable[..., dict[str, torch.Tensor]]
+    waiting: list[StudentRows] = field(default_factory=list)
+    found: list[list[SweptLosses]] = field(default_factory=list)
+    results: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+    def call(self, number: int) -> None:
+        """The forward of a student, and of all that follow inside it."""
+        self.results.append(self.forward(self.pairs[number], meet=partial(self._meet, number)))
+
+    def _meet(self, number: int, rows: StudentRows, sweep: Sweep) -> list[SweptLosses]:
+        self.waiting.append(rows)
+        if number + 1 < len(self.pairs):
+            self.call(number + 1)
+        else:
+            self.found = sweep(self.waiting)
+        return [teacher[number] for teacher in self.found]

@@ -7,7 +7,9 @@ from typing import Any
 
 from minitron.core.options import option
 from minitron.data.config import DataConfig, SourceConfig, changed_sources, source_configs
+from minitron.distill.masks import check_mask_options
 from minitron.distill.phases import Phase, check_phases, phase_table
+from minitron.distill.profile import check_profile
 from minitron.distill.schedules import DECAYS, SCHEDULES, Schedule
 from minitron.engine import OptimizerConfig
 from minitron.errors import ConfigError, nearest
@@ -52,7 +54,14 @@ class TrainingConfig:
     keep_best: bool = option(
         False, "keep the weights of the best validation (by the divergence from a teacher, else by loss) in best/", recorded=True
     )
+    profile: list[int] | None = option(None, "[first, last] steps to trace on rank 0 (profile/ in the stage's folder)", recorded=True)
     result: str = option("last", "the weights that training hands on: last, or best")
+    sparse: str | None = option(
+        None, "zeros of a sparse student: keep, refresh (SR-STE), gradual (their share grows) or free; null: keep where there is a sparsity.json"
+    )
+    sparse_pattern: str | None = option(None, "refresh, gradual: 0.5 or 2:4, say; null: that of the student's sparsity.json")
+    sparse_steps: int | None = option(None, "gradual: steps after which the pattern is reached; null: three quarters of all")
+    sparse_decay: float | None = option(None, "refresh: decay of weights that are not used; null: 2e-4")
     phases: list[dict[str, Any]] | None = option(
         None, "changes at token counts, in order: list of {at_tokens, data, sequence_length, batch_size}; data as in the section data"
     )
@@ -90,6 +99,16 @@ class TrainingConfig:
                 raise ConfigError(f"training.{name}={getattr(self, name)} must be 0 or more")
         if self.keep_every and (not self.checkpoint_every or self.keep_every % self.checkpoint_every):
             raise ConfigError(f"training.keep_every={self.keep_every} is no multiple of training.checkpoint_every={self.checkpoint_every}")
+        check_mask_options(
+            self.sparse,
+            pattern=self.sparse_pattern,
+            steps=self.sparse_steps,
+            decay=self.sparse_decay,
+            optimizer=self.optimizer,
+            keeps_best=self.keeps_best,
+            num_steps=self.num_steps,
+        )
+        check_profile(self.profile)
         check_phases(self.phases or ())
         if self.precision not in ("auto", "float32", "bf16"):
             raise ConfigError(f"training.precision={self.precision} is not one of auto, float32, bf16")

@@ -18,12 +18,15 @@ from minitron.distill.alpha import build_alpha
 from minitron.distill.best import BestWeights
 from minitron.distill.guard import Diverged, Watch
 from minitron.distill.hooks import checkpoint_hook, log_hook, validation_hook
-from minitron.distill.loop import Hook, Progress, StepReport, train_steps
+from minitron.distill.loop import Hook, Progress, StepReport, Steps, train_steps
 from minitron.distill.losses import LossConfig
+from minitron.distill.masks import Masks
 from minitron.distill.on_policy import ContinuationSampler, OnPolicyBatches, OnPolicyConfig, ResumableBatches, root_class
 from minitron.distill.opening import open_losses
+from minitron.distill.pace import Pace, device_peak
 from minitron.distill.pair import TeacherStudent
 from minitron.distill.phases import Phase, PhasedBatches, phase_at
+from minitron.distill.profile import Profiler
 from minitron.distill.resume import TrainingState, check_room_on_main, state_bytes
 from minitron.distill.settings import TrainingConfig
 from minitron.distill.signal import Signal
@@ -31,6 +34,7 @@ from minitron.distill.states import build_states
 from minitron.distill.teacher import TeacherSignal
 from minitron.distill.validation import validate, validation_batches
 from minitron.engine import EngineConfig, build_engine
+from minitron.engine.recompute import checkpoint_activations
 from minitron.errors import Interrupted
 from minitron.log import Progress as ProgressBar
 from minitron.log import get_logger
@@ -54,7 +58,8 @@ class TrainingRun:
     ``others`` are further teachers and their weights beside the first, which weighs 1; ``other_signals`` are such that are already in place.
     ``later_stream`` opens the stream of a phase after the first; ``describe`` puts config and tokenizer beside weights that are kept,
     and ``form`` gives these the form of a checkpoint. A ``guided`` training neither validates nor reports: whoever advances it does.
-    ``origin`` is a fingerprint of what is learned from; checkpoints of another are not taken.
+    ``origin`` is a fingerprint of what is learned from; checkpoints of another are not taken. ``masks`` hold zeros of the student.
+    ``flops_per_token`` counts what all models compute for a token of sequences of a length, for the metrics.
     """
 
     student: nn.Module
@@ -84,9 +89,12 @@ class TrainingRun:
     describe: Callable[[Path], None] = lambda folder: None
     guided: bool = False
     origin: str = ""
+    masks: Masks | None = None
+    flops_per_token: Callable[[int], float] | None = None
     form: Form = lambda weights: weights
     curve: list[dict[str, float]] = field(default_factory=list)
     _ahead: BatchesAhead | None = field(default=None, init=False, repr=False)
+    _profiler: Profiler | None = field(default=None, init=False, repr=False)
 
     def run(self) -> TrainingResult:
         """Train to the end of the budget, going on from the newest checkpoint.
@@ -100,6 +108,8 @@ class TrainingRun:
         finally:
             if self._ahead is not None:
                 self._ahead.close()
+            if self._profiler is not None:
+                self._profiler.close()
         return opened.finish()
 
     def open(self) -> OpenTraining:
@@ -115,16 +125,22 @@ class TrainingRun:
             batches = OnPolicyBatches(batches, sampler, seed=self.seed)
         state = self._state(engine, pair, batches)
         progress = state.restore()
+        self.to_step(progress.step)
         if progress.step == 0:
             open_losses(pair, engine, batches, stop=self.stop)
-        tracker = _Curve(self.open_tracker, self.curve, phases, step=progress.step)
+        tracker = _Curve(self.open_tracker, self.curve, phases, step=progress.step, masks=self.masks)
         hooks, watch = self._hooks(state, tracker, num_steps, progress)
         rates = self.training.learning_rates(num_steps)
 
-        def steps() -> Iterator[StepReport | None]:
+        def steps() -> Steps:
             return train_steps(pair, engine, batches, learning_rate=rates.at, num_steps=num_steps, progress=progress, hooks=hooks)
 
         return OpenTraining(self, engine, pair, progress, num_steps, steps(), steps, tracker, state, watch)
+
+    def to_step(self, step: int) -> None:
+        """Let what depends on the step follow a step that is put back."""
+        if self.masks is not None:
+            self.masks.step = step
 
     def _batches(self, phases: Sequence[Phase]) -> ResumableBatches:
         parts = []
@@ -162,8 +178,10 @@ class TrainingRun:
             separator=self.separator,
             sparse=signal.sparse if signal is not None else None,
         )
-        if self.engine.activation_checkpointing:
-            self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        if self.masks is not None:
+            self.masks.install(self.student)
+            self.masks.watch(root)
+        checkpoint_activations(self.student, self.engine.activation_checkpointing)
         self.student.train()
         if self.teacher is not None and signal is None:
             taps = states.teacher_taps if states is not None else []
@@ -197,6 +215,7 @@ class TrainingRun:
     def _hooks(self, state: TrainingState, tracker: Tracker, num_steps: int, progress: Progress) -> tuple[list[Hook], Watch | None]:
         settings, pair, watch = self.training, state.pair, None
         hooks: list[Hook] = [pair.alpha.hook] if pair.alpha is not None else []  # before the metrics, which hold it, and the checkpoint
+        hooks += [self.masks.hook] if self.masks is not None else []  # before validation
         if not self.guided:
             watch = Watch(
                 tracker,
@@ -210,18 +229,30 @@ class TrainingRun:
             held_out = validation_batches(self.validation, micro_batch_size=settings.micro_batch(self.sequence_length), separator=self.separator)
             if progress.step == 0:
                 tracker.log(0, {"tokens": 0, **validate(pair, held_out)})
+            pace = Pace(self._flops_at(), peak=device_peak())
             bar = ProgressBar(self.what, total=num_steps, done=progress.step)
             hooks += [
                 watch.count,
-                log_hook(tracker, bar, every=settings.log_every, num_steps=num_steps),
+                log_hook(tracker, bar, pace, every=settings.log_every, num_steps=num_steps),
                 watch.judge,
                 validation_hook(pair, held_out, tracker, state.best, every=settings.evaluate_every, num_steps=num_steps),
             ]
+            if settings.profile is not None and self.folder is not None:
+                self._profiler = Profiler(self.folder, settings.profile, step=progress.step)
+                hooks.append(self._profiler.hook)
         if state.checkpointer is not None:
             hooks.append(checkpoint_hook(state, self.stop, every=settings.checkpoint_every, num_steps=num_steps, wait=self.guided))
         else:
             hooks.append(self._stop_hook)
         return hooks, watch
+
+    def _flops_at(self) -> Callable[[int], float] | None:
+        """FLOPs per token at a step, whose phase says how long sequences are."""
+        count, phases = self.flops_per_token, self.training.phase_table(self.sequence_length)
+        if count is None:
+            return None
+        by_phase = [count(phase.sequence_length) for phase in phases]
+        return lambda step: by_phase[phase_at(phases, step)]
 
     def _stop_hook(self, report: StepReport) -> bool:
         return self.stop()
@@ -236,8 +267,8 @@ class OpenTraining:
     pair: TeacherStudent
     progress: Progress
     num_steps: int
-    steps: Iterator[StepReport | None]
-    again: Callable[[], Iterator[StepReport | None]]
+    steps: Steps
+    again: Callable[[], Steps]
     tracker: _Curve
     state: TrainingState
     watch: Watch | None
@@ -259,8 +290,10 @@ class OpenTraining:
                     logger.warning("  %s: there is no going back, training goes on", diverged)
                 else:
                     place = self.state.go_back(str(diverged))
-                    self.progress.step, self.progress.tokens = place.step, place.tokens
+                    step, self.progress.step, self.progress.tokens = self.progress.step, place.step, place.tokens
+                    self.run.to_step(place.step)
                     self.tracker.reopen(place.step)
+                    self.tracker.log(place.step, {"went_back_from": step})
                     self.watch.forget()
                 self.steps = self.again()
 
@@ -311,10 +344,12 @@ def student_weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class _Curve:
-    """A tracker that also keeps the validation points, and says which phase a step belongs to where there are several."""
+    """A tracker that also keeps the validation points, and says which phase a step belongs to where there are several, and the share of zeros."""
 
-    def __init__(self, open_inner: Callable[[int], Tracker], points: list[dict[str, float]], phases: Sequence[Phase], *, step: int) -> None:
-        self._open, self._points, self._phases = open_inner, points, phases
+    def __init__(
+        self, open_inner: Callable[[int], Tracker], points: list[dict[str, float]], phases: Sequence[Phase], *, step: int, masks: Masks | None
+    ) -> None:
+        self._open, self._points, self._phases, self._masks = open_inner, points, phases, masks
         self._inner = open_inner(step)
 
     def reopen(self, step: int) -> None:
@@ -331,6 +366,8 @@ class _Curve:
             )
         if len(self._phases) > 1:
             metrics = {**metrics, "phase": phase_at(self._phases, step)}
+        if self._masks is not None:
+            metrics = {**metrics, "sparsity": self._masks.share()}
         self._inner.log(step, metrics)
 
     def close(self) -> None:

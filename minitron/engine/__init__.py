@@ -23,6 +23,8 @@ ENGINES = {
 
 SHARDINGS = ("full", "hybrid")
 OFFLOADS = ("none", "optimizer", "parameters")
+#: What is computed again in the backward pass: nothing, all but matrix products and attention, all but a block's input (``engine/recompute.py``).
+CHECKPOINTING = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class EngineConfig:
     )
     shard_size: int | None = option(None, "ranks that share one copy under sharding=hybrid; null: those of a node", recorded=True)
     offload: str = option("none", "what lies in CPU memory: none, optimizer (deepspeed: with the update), or parameters (both)", recorded=True)
-    activation_checkpointing: bool = option(False, "recompute activations in the backward pass instead of storing them", recorded=True)
+    activation_checkpointing: str = option(
+        "none", "computed again in the backward pass: none, selective (all but products and attention), or full (whole blocks)", recorded=True
+    )
     compile: bool = option(False, "torch.compile every block of student and teacher", recorded=True)
     timeout: float = option(1800.0, "seconds that ranks wait for one that does not answer, before they stop and name it", recorded=True)
 
@@ -50,7 +54,9 @@ def check_engine(config: EngineConfig) -> None:
     """
     if config.name not in ENGINES:
         raise ConfigError(f"engine={config.name} is unknown; {nearest(config.name, ENGINES)}")
-    for key, value, known in (("sharding", config.sharding, SHARDINGS), ("offload", config.offload, OFFLOADS)):
+    words = {"sharding": SHARDINGS, "offload": OFFLOADS, "activation_checkpointing": CHECKPOINTING}
+    for key, known in words.items():
+        value = getattr(config, key)
         if value not in known:
             raise ConfigError(f"engine.{key}={value} is unknown; {nearest(str(value), known)}")
     if config.timeout <= 0:
@@ -61,6 +67,9 @@ def check_engine(config: EngineConfig) -> None:
         raise ConfigError(f"engine=local is for one process, but the launcher started {dist.world_size()}: use engine=fsdp or engine=deepspeed")
     _check_sharding(config)
     _check_offload(config)
+    if config.activation_checkpointing == "selective" and (config.compile or (config.name == "deepspeed" and config.zero_stage == 3)):
+        other = "compile=true, which chooses by itself" if config.compile else "zero_stage=3, whose hooks gather weights inside a block"
+        raise ConfigError(f"engine.activation_checkpointing=selective does not go with engine.{other}: use none or full")
     if config.compile and config.name == "deepspeed" and config.zero_stage == 3:
         raise ConfigError("engine.compile=true does not go with engine.zero_stage=3, whose hooks gather weights inside a block: use engine=fsdp")
     if config.name == "deepspeed":

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from minitron import dist
-from minitron.core.options import option
 from minitron.log import Progress
 from minitron.models.head import head_of
 from minitron.models.packing import hidden_states
 from minitron.ops.documents import next_token_labels
 from minitron.ops.kd_loss import IGNORE_INDEX
 from minitron.ops.token_loss import token_losses
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Section ``evaluate``."""
-
-    num_sequences: int = option(64, "held-out sequences, at most")
-    batch_size: int = option(4, "sequences per forward", recorded=True)
 
 
 def perplexity(

@@ -79,6 +79,11 @@ def check_placement(width: ImportanceConfig, depth: DepthConfig, placement: str)
         raise ConfigError(f"depth.selection=laco needs whole layers to merge, {instead}")
 
 
+def reads_weights(width: ImportanceConfig, depth: DepthConfig) -> bool:
+    """Whether one of the two metrics reads weights, which must then be there before the teacher is placed."""
+    return any(getattr(metric, "reads_weights", False) for metric in (build_width(width, seed=0), build_depth(depth, seed=0)))
+
+
 def _member(group: str, name: str, table: dict[str, str]) -> Any:
     if name not in table:
         raise ConfigError(f"{group}={name} is unknown; {nearest(name, table)}")
@@ -86,4 +91,14 @@ def _member(group: str, name: str, table: dict[str, str]) -> Any:
     return getattr(importlib.import_module(module), cls)
 
 
-__all__ = ["DEPTH_METRICS", "METRICS", "DepthConfig", "ImportanceConfig", "build_depth", "build_observers", "build_width", "check_placement"]
+__all__ = [
+    "DEPTH_METRICS",
+    "METRICS",
+    "DepthConfig",
+    "ImportanceConfig",
+    "build_depth",
+    "build_observers",
+    "build_width",
+    "check_placement",
+    "reads_weights",
+]

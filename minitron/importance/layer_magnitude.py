@@ -15,6 +15,7 @@ class LayerMagnitudeObserver:
     """Per layer: Σ |w| over all its weights, norms included. Early layers are small without being useless: see ``depth=layer_magnitude_plus``."""
 
     needs_forward = False
+    reads_weights = True
     aggregation = "sum of absolute weights of the layer"
 
     def __init__(self, config: DepthConfig | None = None, *, seed: int = 0) -> None:

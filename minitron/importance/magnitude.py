@@ -15,6 +15,7 @@ class MagnitudeObserver:
     """Per unit: Σ |w| in every matrix of its coupled group, put together by sum, max or product."""
 
     needs_forward = False
+    reads_weights = True
 
     def __init__(self, config: ImportanceConfig | None = None, *, seed: int = 0) -> None:
         self._group = (config or ImportanceConfig()).group

@@ -28,6 +28,7 @@ class WandaObserver:
     """
 
     needs_forward = True
+    reads_weights = True
 
     def __init__(self, config: ImportanceConfig | None = None, *, seed: int = 0) -> None:
         self.aggregation = "sum of |weight| * norm of its input over all tokens"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from minitron.log import get_logger
 from minitron.models.family import Family, discover
 from minitron.models.load import attention_for, brings_code, config_of, load_causal_lm, quiet_transformers
 from minitron.models.stored import StoredTensor
-from minitron.models.weights import WeightReader
+from minitron.models.weights import Kept, WeightReader
 
 logger = get_logger(__name__)
 
@@ -39,9 +39,12 @@ def load_lazily(folder: Path, *, dtype: torch.dtype, attention: str = "auto", tr
         config.dtype, config.use_cache = dtype, False  # as the finished model has it, so that its family is found once
         try:
             family = discover(config)
-            reason = _mismatch(reader, family)
+            reason = mismatch(reader, family)
             if not reason:
-                return _build(config, family, reader, dtype=dtype, attention=attention)
+                source = FolderWeights(reader, family)
+                model = build_lazily(config, family, source, dtype=dtype, attention=attention)
+                bind_source(model, source)
+                return model
         except ArchitectureError as error:
             reason = str(error)
         logger.info("%s is read whole by every process: %s", folder, reason)
@@ -51,7 +54,25 @@ def load_lazily(folder: Path, *, dtype: torch.dtype, attention: str = "auto", tr
     return load_causal_lm(folder, dtype=dtype, device=torch.device("cpu"), attention=attention, trust_remote_code=trust_remote_code)
 
 
-def _mismatch(reader: WeightReader, family: Family) -> str:
+class TensorReader(Protocol):
+    """Tensors by their stored names, as :class:`minitron.models.weights.WeightReader` gives them."""
+
+    files: dict[str, str]
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape."""
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """A tensor's dtype."""
+
+    def get(self, name: str, kept: Kept = ()) -> torch.Tensor:
+        """A tensor, or the part of it that ``kept`` names."""
+
+    def close(self) -> None:
+        """Close all files."""
+
+
+def mismatch(reader: TensorReader, family: Family) -> str:
     """Why a folder's tensors cannot be placed by their names and shapes alone; empty when they can."""
     size_of, found = family.architecture.size, set(reader.files)
     in_memory = {spec.name: spec.shape(size_of) for spec in family.layout.parameters}
@@ -64,14 +85,13 @@ def _mismatch(reader: WeightReader, family: Family) -> str:
     return ""
 
 
-def _build(config: Any, family: Family, reader: WeightReader, *, dtype: torch.dtype, attention: str) -> nn.Module:
-    """The model on the meta device with real buffers, in the dtypes that transformers would load."""
+def build_lazily(config: Any, family: Family, source: FolderWeights, *, dtype: torch.dtype, attention: str) -> nn.Module:
+    """The model on the meta device with real buffers, in the dtypes that transformers would load, which ``source`` is told."""
     from transformers import AutoModelForCausalLM
 
     quiet_transformers()
     with parameters_on_meta(), torch.random.fork_rng(devices=[]):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention_for(dtype, attention))
-    source = FolderWeights(reader, family)
     wide = _kept_wide(model, dtype)
     for name, parameter in model.named_parameters():
         if wide is not None and wide.search(name):
@@ -83,7 +103,6 @@ def _build(config: Any, family: Family, reader: WeightReader, *, dtype: torch.dt
             source.dtypes[spec.name] = torch.float32 if wide is not None and wide.search(spec.name) else buffer.dtype
             module, _, attribute = spec.name.rpartition(".")
             setattr(model.get_submodule(module), attribute, source.read(spec.name))
-    bind_source(model, source)
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -131,7 +150,7 @@ class FolderWeights:
     ``dtypes`` has the dtype that each is wanted in; one that is not in it comes as it is stored.
     """
 
-    def __init__(self, reader: WeightReader, family: Family) -> None:
+    def __init__(self, reader: TensorReader, family: Family) -> None:
         self._reader = reader
         self.dtypes: dict[str, torch.dtype] = {}
         self.shapes = {spec.name: spec.shape(family.architecture.size) for spec in family.layout.parameters}
@@ -157,6 +176,12 @@ class FolderWeights:
                 inner = tuple(slice(low, high) for low, high in zip(piece.low[1:], piece.high[1:], strict=True))
                 out[(slice(first - start, last - start), *inner)] = self._rows(piece, first - piece.low[0], last - piece.low[0])
         return out
+
+    def whole(self, name: str) -> str | None:
+        """The stored tensor that is a parameter as it stands; None where it is several, or lies otherwise."""
+        pieces = self._pieces.get(name, [])
+        plain = len(pieces) == 1 and not pieces[0].transposed and pieces[0].expert_dim is None
+        return pieces[0].name if plain and pieces[0].high == self.shapes[name] and not any(pieces[0].low) else None
 
     def close(self) -> None:
         """Close the files."""

@@ -370,15 +370,21 @@ def load_causal_lm(
     return model.eval().to(device or dist.device())  # type: ignore[no-any-return]
 
 
-def check_has_weights(folder: Path) -> None:
-    """Refuse a folder without safetensors.
+#: Beside the weights of a packed model; ``models/packed.py`` reads and writes it.
+PACKED_FILE = "packed.json"
+
+
+def check_has_weights(folder: Path, *, stem: str = "model") -> None:
+    """Refuse a folder without safetensors whose names begin with ``stem``.
 
     Raises:
-        CheckpointError: there are none, or the index is damaged or names a file that is not there.
+        CheckpointError: there are none, or they are packed, or the index is damaged or names a file that is not there.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is no Hugging Face model folder: it has no config.json")
-    index = folder / "model.safetensors.index.json"
+    if stem == "model" and (folder / PACKED_FILE).is_file():
+        raise CheckpointError(f"{folder} holds packed weights: run 'minitron unpack {folder} OUT', and give OUT")
+    index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         try:
             files = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
@@ -387,8 +393,8 @@ def check_has_weights(folder: Path) -> None:
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(f"{folder} lacks the weight file {missing[0]} that its index names")
-    elif not (folder / "model.safetensors").is_file():
-        raise CheckpointError(f"{folder} has no weights: there is no model.safetensors in it")
+    elif not (folder / f"{stem}.safetensors").is_file():
+        raise CheckpointError(f"{folder} has no weights: there is no {stem}.safetensors in it")
 
 
 def model_from_weights(config: Any, weights: dict[str, torch.Tensor], *, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:

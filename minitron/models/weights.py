@@ -51,15 +51,15 @@ class WeightReader:
     """Tensors of a model folder by name, one at a time, never the whole model.
 
     Opening it checks the headers of all files. Data are read by ``pread``, not mapped, so that what is resident is what is held.
-    Files stay open from their first use until ``close`` or the end of a ``with``.
+    Files stay open from their first use until ``close`` or the end of a ``with``. ``stem`` is what the files' names begin with.
     """
 
-    def __init__(self, folder: Path) -> None:
-        check_has_weights(folder)
+    def __init__(self, folder: Path, *, stem: str = "model") -> None:
+        check_has_weights(folder, stem=stem)
         self.folder = folder
         self._open: dict[str, FileIO] = {}
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        index = folder / "model.safetensors.index.json"
+        index = folder / f"{stem}.safetensors.index.json"
         headers: dict[str, dict[str, StoredTensor]] = {}
         #: The file that holds each tensor.
         self.files: dict[str, str] = {}
@@ -67,8 +67,9 @@ class WeightReader:
             self.files = json.loads(index.read_text())["weight_map"]
             headers = {file: read_header(folder / file) for file in sorted(set(self.files.values()))}
         else:
-            headers = {"model.safetensors": read_header(folder / "model.safetensors")}
-            self.files = dict.fromkeys(headers["model.safetensors"], "model.safetensors")
+            single = f"{stem}.safetensors"
+            headers = {single: read_header(folder / single)}
+            self.files = dict.fromkeys(headers[single], single)
         for name, file in self.files.items():
             if name not in headers[file]:
                 raise CheckpointError(f"{folder / file} has no weight '{name}', although {index.name} says so")
@@ -190,8 +191,8 @@ def _take(block: Array, kept: Sequence[Array | None], out: Array) -> None:
         block = np.take(block, indices, axis=dim, out=out if number == len(cuts) else None, mode="clip")
 
 
-def write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, shard_bytes: int = 5 * 10**9) -> int:
-    """Write tensors as ``model.safetensors``, or as shards with an index when they exceed ``shard_bytes``; holds one tensor at a time.
+def write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, shard_bytes: int = 5 * 10**9, stem: str = "model") -> int:
+    """Write tensors as ``<stem>.safetensors``, or as shards with an index when they exceed ``shard_bytes``; holds one tensor at a time.
 
     Files get their names when all are whole; when anything fails none is left.
 
@@ -216,7 +217,7 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, 
         if not shards:
             raise CheckpointError(f"there are no weights to write to {folder}")
         shards[-1].close()
-        _name_shards(folder, shards)
+        _name_shards(folder, shards, stem)
     except BaseException as error:
         for shard in shards:
             shard.discard()
@@ -226,17 +227,17 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, 
     return count
 
 
-def _name_shards(folder: Path, shards: list[TensorFileWriter]) -> None:
+def _name_shards(folder: Path, shards: list[TensorFileWriter], stem: str) -> None:
     """Final names, and the index where there are several files."""
     if len(shards) == 1:
-        shards[0].rename("model.safetensors")
+        shards[0].rename(f"{stem}.safetensors")
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
-        shard.rename(f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+        shard.rename(f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors")
         weight_map.update(dict.fromkeys(shard.names, shard.path.name))
     index = {"metadata": {"total_size": sum(shard.num_bytes for shard in shards)}, "weight_map": weight_map}
-    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
+    write_text(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=1))
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -107,21 +107,28 @@ class KernelChunks:
         zeros = self.scales.new_zeros(len(TERMS), self.scales.shape[1])
         self._slopes = zeros.index_add_(0, self._kinds, self.scales * weights)
 
+    def said(self, teacher: Head | None, hidden: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+        """The products of the teacher's head [rows, vocab] in a chunk, until the next one; None where no term asks for them."""
+        if teacher is None or hidden is None or all(term.kind == "cross_entropy" for term in self.terms):
+            return None
+        return self._products("teacher", hidden[rows].to(teacher.weight.dtype), teacher)
+
     def terms_of(
         self,
         head: Head,
         hidden: torch.Tensor,
         teacher: Head | None,
-        teacher_hidden: torch.Tensor | None,
+        theirs: torch.Tensor | None,
         rows: slice,
         values: torch.Tensor,
         *,
         gradient: bool,
     ) -> torch.Tensor | None:
-        """Add a chunk's terms to ``values`` [losses]; the gradient of the student head's products [rows, vocab], 0 in masked rows."""
+        """Add a chunk's terms to ``values`` [losses]; the gradient of the student head's products [rows, vocab], 0 in masked rows.
+
+        ``theirs`` are the products of the ``teacher``, which stay as they are; those of the student and their gradient until the next call.
+        """
         student = self._products("student", hidden, head)
-        needed = any(term.kind != "cross_entropy" for term in self.terms)
-        theirs = self._products("teacher", teacher_hidden, teacher) if needed and teacher is not None and teacher_hidden is not None else None
         transforms = [number for each in (head, teacher or head) for number in (each.transform.scale, each.transform.cap or 0.0)]
         dtype = torch.bfloat16 if self.kind != "host" and self.dtype == torch.bfloat16 else torch.float32
         wanted = gradient and any(self.weights)

@@ -37,12 +37,15 @@ def _perplexity(summary: Summary) -> Html | None:
 
 def facts(summary: Summary) -> Html | None:
     """The strip of large numbers."""
-    took = _fact("Wall time", seconds(summary.wall_seconds), "all stages") if summary.wall_seconds is not None else None
+    read = _fact("Tokens used", count(summary.tokens), "all stages") if summary.tokens else None
+    fast = _fact("Writing speed", f"{summary.speedup:.2f}×", "the teacher's") if summary.speedup is not None else None
+    below = f"all stages, {count(summary.tokens)} tokens" if fast is not None and summary.tokens else "all stages"
+    took = _fact("Wall time", seconds(summary.wall_seconds), below) if summary.wall_seconds is not None else None
     made = [
         _parameters(summary),
         _perplexity(summary),
         _fact("Damage repaired", percent(summary.repaired), "share of the loss that pruning cost") if summary.repaired is not None else None,
-        _fact("Tokens used", count(summary.tokens), "all stages") if summary.tokens else None,
+        fast or read,
         took,
     ]
     return tag("dl", [fact for fact in made if fact is not None], class_="facts") if any(made) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,12 @@ def render_page(run: Run, summary: Summary, *, title: str) -> tuple[Html, list[s
     """The whole document and the anchors of the sections it has."""
     bodies = {anchor: (heading, render(run, summary)) for anchor, (heading, render) in SECTIONS.items()}
     present = {anchor: (heading, body) for anchor, (heading, body) in bodies.items() if body is not None}
-    links = [tag("a", heading, href=f"#{anchor}") for anchor, (heading, _) in present.items()]
+    return document(title, hero(run, summary, title=title), present, footer=[_footer(run)]), list(present)
+
+
+def document(title: str, header: Html, sections: Mapping[str, tuple[str, Body]], *, footer: Sequence[Html]) -> Html:
+    """A whole page: header, links, and the sections by their anchors."""
+    links = [tag("a", heading, href=f"#{anchor}") for anchor, (heading, _) in sections.items()]
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -40,10 +46,10 @@ def render_page(run: Run, summary: Summary, *, title: str) -> tuple[Html, list[s
         tag("title", title),
         tag("style", Html(STYLE)),
     )
-    main = tag("main", [_section(anchor, heading, body) for anchor, (heading, body) in present.items()])
+    main = tag("main", [_section(anchor, heading, body) for anchor, (heading, body) in sections.items()])
     nav = tag("nav", links, aria_label="Sections") if len(links) > 1 else None
-    document = tag("html", head, tag("body", hero(run, summary, title=title), nav, main, _footer(run)), lang="en")
-    return join(Html("<!doctype html>\n"), document, Html("\n")), list(present)
+    whole = tag("html", head, tag("body", header, nav, main, footer), lang="en")
+    return join(Html("<!doctype html>\n"), whole, Html("\n"))
 
 
 def write_report(run_dir: Path, out: Path, *, title: str) -> dict[str, Any]:

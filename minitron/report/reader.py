@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minitron.core.events import read_events
 from minitron.core.scores import ImportanceScores
 from minitron.errors import CheckpointError
 
@@ -62,6 +63,7 @@ class Run:
     distillation: list[dict[str, Any]] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
     pruned: list[Pruned] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -194,6 +196,7 @@ def read_run(path: Path) -> Run:
         distillation=folder.lines("student/metrics.jsonl", "student.partial/metrics.jsonl", "distill.partial/metrics.jsonl"),
         evaluation=folder.object("evaluation/metrics.json"),
         pruned=pruned,
+        events=read_events(path),
         unfinished=unfinished,
         warnings=list(dict.fromkeys(folder.warnings)),
     )

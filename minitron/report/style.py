@@ -81,6 +81,7 @@ thead th.code{font-family:inherit}
 b.same,span.same{font-weight:400;color:var(--soft)}
 tfoot th,tfoot td{font-weight:650;border-bottom:0;border-top:1px solid var(--ink)}
 .ink{color:var(--c)}
+.range{color:var(--soft);font-size:.86em}
 .share{display:block;height:8px;border-radius:2px;background:var(--track);overflow:hidden}
 .fill{display:block;height:100%;min-width:2px;background:var(--c)}
 td .fill.teacher{opacity:.75}
@@ -173,6 +174,7 @@ td.bar{width:20%}
 .hbars li{grid-template-columns:60px minmax(0,1fr);gap:2px 10px}
 .hbars .value{grid-column:2}
 summary span{display:block;margin-left:1.1em}
+.err{display:block;color:var(--soft);font-size:.86em}
 }
 @media print{
 @page{margin:14mm}

@@ -23,6 +23,7 @@ class Summary:
     wall_seconds: float | None
     losses: dict[str, float] = field(default_factory=dict)
     perplexities: dict[str, float] = field(default_factory=dict)
+    speedup: float | None = None
 
     @property
     def kept(self) -> float | None:
@@ -63,6 +64,10 @@ class Summary:
                 told.append(self._outcome(values["student"]))
         elif "teacher" in values and "student" in values:
             told.append(f"Held-out perplexity went from {values['teacher']} to {values['student']}.")
+        if self.speedup is not None and "student" in self.perplexities and abs(self.speedup - 1) >= 0.05:
+            told.append(
+                f"It writes {self.speedup:.1f} times as fast." if self.speedup >= 1 else f"It writes at {percent(self.speedup)} of the speed."
+            )
         return " ".join(told)
 
     def _outcome(self, student: str) -> str:
@@ -79,8 +84,30 @@ class Summary:
 def evaluated(run: Run) -> dict[str, dict[str, Any]]:
     """Evaluation results per model, in the order in which models come to be; unknown ones last."""
     found = {name: as_dict(value) for name, value in run.evaluation.items() if as_dict(value)}
-    order = ("teacher", "corrected_teacher", "pruned", "student")
+    order = ("teacher", "corrected_teacher", "pruned", "sparse", "student")
     return {name: found[name] for name in sorted(found, key=lambda name: order.index(name) if name in order else len(order))}
+
+
+def style_of(model: str) -> str:
+    """The colour class of a model; any kind of teacher is a teacher."""
+    return "teacher" if model.endswith("teacher") else model if model in ("pruned", "student", "sparse") else "other"
+
+
+def batches_of(speed: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Batch size → what was timed with it."""
+    rows = speed.get("batches")
+    known = [as_dict(row) for row in rows] if isinstance(rows, list) else []
+    return {int(size): row for row in known if (size := finite(row.get("batch_size"))) is not None}
+
+
+def _speedup(models: dict[str, dict[str, Any]]) -> float | None:
+    """How many times as fast as the first timed model the last one writes, in the smallest batch."""
+    timed = [batches_of(as_dict(row.get("speed"))) for row in models.values() if row.get("speed")]
+    if len(timed) < 2 or not timed[0]:
+        return None
+    size = min(timed[0])
+    first, last = (finite(as_dict(rows.get(size)).get("tokens_per_second")) for rows in (timed[0], timed[-1]))
+    return last / first if first and last else None
 
 
 def _total(run: Run, key: str) -> float | None:
@@ -114,4 +141,5 @@ def summarise(run: Run) -> Summary:
         wall_seconds=_total(run, "wall_seconds"),
         losses=losses,
         perplexities=perplexities,
+        speedup=_speedup(models),
     )

@@ -13,9 +13,12 @@ import torch
 
 from minitron import dist
 from minitron.core.manifest import write_text
-from minitron.errors import Interrupted
+from minitron.errors import CheckpointError, Interrupted
+from minitron.log import get_logger
 from minitron.search.race import RaceRules
 from minitron.search.trials import Record, Trials
+
+logger = get_logger(__name__)
 
 #: Beside the ranking: a folder for every task.
 TASKS = "ranking.tasks"
@@ -27,19 +30,24 @@ Elsewhere = Callable[[str], Record | None]
 
 @dataclass
 class Share:
-    """What this worker trains, and where it hears of the rest. ``wait`` seconds pass before it gives up; None waits on."""
+    """What this worker trains, and where it hears of the rest. ``wait`` seconds pass before it gives up; None waits on.
+
+    What is not there then is an error if it is ``needed``, else a reason to leave and come back.
+    """
 
     trials: Trials
     elsewhere: Elsewhere
     wait: float | None = 0.0
     stop: Callable[[], bool] = lambda: False
     what: str = "this worker"
+    needed: bool = False
 
     def reach(self, alive: Sequence[str], rules: RaceRules, step: int, records: dict[str, Record], *, hear: bool) -> set[str]:
         """Train the own candidates up to a step, then hear of the others; the names of those that failed.
 
         Raises:
             Interrupted: a signal asked for a stop, or the others are not there yet.
+            CheckpointError: the others are not there, and needed.
         """
         mine = [name for name in alive if name in self.trials.candidates]
         self.trials.drop([name for name in self.trials.candidates if name not in mine])
@@ -54,6 +62,9 @@ class Share:
                     waiting.remove(name)
             if waiting and (self.stop() or (self.wait is not None and time.monotonic() - started >= self.wait)):
                 self.trials.save()
+                if self.needed and not self.stop():
+                    missing = f"{', '.join(waiting)} {'has' if len(waiting) == 1 else 'have'} not come to step {step}"
+                    raise CheckpointError(f"{missing} in {TASKS} with these settings: {self.what} needs every task's share")
                 raise Interrupted(f"{self.what} waits for {len(waiting)} candidates of others at step {step}; the same command goes on from there")
             if waiting:
                 time.sleep(0.2)
@@ -82,15 +93,16 @@ def free_bytes() -> float:
     return float(dist.all_reduce_sum(everyone).min())
 
 
-def take_over(found: Sequence[Path], folder: Path) -> int:
-    """Copy the records of other folders into this one where they are further; how many."""
+def take_over(found: Sequence[Path], folder: Path) -> None:
+    """Rank 0 copies the records of other folders into this one where they are further."""
     taken = 0
-    for path in found:
+    for path in found if dist.is_main() else ():
         theirs, ours = Record.read(path), Record.read(folder / path.name)
         if theirs is not None and (ours is None or ours.status == "ok" and (theirs.status != "ok" or theirs.reached > ours.reached)):
             write_text(folder / path.name, json.dumps(asdict(theirs)))
             taken += 1
-    return taken
+    if taken:
+        logger.info("  %d candidates were trained by tasks", taken)
 
 
 def records_of_tasks(run_dir: Path, out: Path) -> list[Path]:

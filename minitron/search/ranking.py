@@ -13,6 +13,7 @@ from minitron.core.cost import ranking_flops
 from minitron.core.options import option
 from minitron.distill.settings import TrainingConfig
 from minitron.errors import ConfigError, nearest
+from minitron.evaluate import EvaluateConfig
 from minitron.search.placement import Share
 from minitron.search.race import Outcome, RaceRules, Rung, agreements, halving_rungs, losses_at, race, replay
 from minitron.search.statistics import kendall_tau, paired_gap
@@ -33,6 +34,7 @@ class RankingConfig:
     num_warmup_steps: int | None = option(None, "warm-up steps; null: as in training")
     evaluate_every: int = option(50, "steps between held-out losses", recorded=True)
     num_validation_sequences: int = option(32, "held-out sequences of each")
+    tasks: list[str] = option([], "tasks of the lm-eval harness that every candidate is asked at each evaluation, as evaluate.task_path, limit… say")
     eta: float = option(3.0, "halving: one candidate in so many stays at a rung")
     rungs: list[int] | None = option(
         None, "halving: steps of the rungs; null: num_steps divided by eta again and again, none before the warm-up ends"
@@ -45,8 +47,14 @@ class RankingConfig:
     task: str | None = option(
         None, "do a share of the candidates, e.g. 0/8; array: as the Slurm array says. Then once more without, to rank", recorded=True
     )
-    wait: float = option(0.0, "task: seconds to wait for the others at a rung before leaving; the same command goes on", recorded=True)
+    from_tasks: bool = option(
+        False, "rank what tasks have trained, and train nothing: a candidate that is not there after ranking.wait is named", recorded=True
+    )
+    wait: float = option(0.0, "seconds that a task waits for the others at a rung before it leaves; the same command goes on", recorded=True)
     together: int | None = option(None, "candidates trained side by side in one process; null: as many as fit into memory", recorded=True)
+    share_head: int = option(
+        4, "candidates for which the teacher's head is applied once, their activations in memory together; 1: each by itself", recorded=True
+    )
     checkpoint_every: int = option(100, "steps between checkpoints of the candidates; 0: none", recorded=True)
     remember_teacher_bytes: float = option(
         2e9, "teacher states kept in memory, of the held-out text first, so that no group of candidates asks for them again", recorded=True
@@ -89,7 +97,12 @@ class RankingConfig:
         for name, value, known in (("method", self.method, METHODS), ("placement", self.placement, PLACEMENTS)):
             if value not in known:
                 raise ConfigError(f"ranking.{name}={value} is unknown; {nearest(value, known)}")
-        for name, number in (("num_steps", self.num_steps), ("num_validation_sequences", self.num_validation_sequences), ("together", self.together)):
+        for name, number in (
+            ("num_steps", self.num_steps),
+            ("num_validation_sequences", self.num_validation_sequences),
+            ("together", self.together),
+            ("share_head", self.share_head),
+        ):
             if number is not None and number < 1:
                 raise ConfigError(f"ranking.{name}={number} must be at least 1")
         if self.eta <= 1.0:
@@ -104,10 +117,18 @@ class RankingConfig:
                 raise ConfigError(f"ranking.rungs={self.rungs}: the first rung lies inside the warm-up of {warmup} steps, where losses say little")
         if self.task is not None:
             task_of(self.task)
+            if self.from_tasks:
+                raise ConfigError(f"ranking.task={self.task} trains a share, ranking.from_tasks=true ranks what all have come to: give one of them")
+
+    def asking(self, evaluate: EvaluateConfig) -> dict[str, Any]:
+        """What of the section ``evaluate`` decides the scores on tasks; nothing where none are asked."""
+        return {"limit": evaluate.limit, "num_fewshot": evaluate.num_fewshot} if self.tasks else {}
 
     def deciding(self) -> dict[str, Any]:
         """What of this section decides the result beside the training settings."""
         found: dict[str, Any] = {"method": self.method, "num_validation_sequences": self.num_validation_sequences}
+        if self.tasks:
+            found |= {"tasks": self.tasks, "evaluate_every": self.evaluate_every}
         if self.method == "halving":
             found |= {"eta": self.eta, "rungs": self.rungs, "rescue": self.rescue}
         if self.stop_when_stable or self.method == "halving":
@@ -240,10 +261,12 @@ def cost_of(
     tokens_per_step: int,
     held_out_tokens: int,
     sequence_length: int,
+    share_head: int,
 ) -> dict[str, float]:
     """FLOPs of the ranking as it went, side by side and with a teacher each, and of a full run with a teacher each."""
     done = [(shapes[name], max(record.reached, 0), len(record.curve)) for name, record in records.items()]
     options: dict[str, Any] = {"tokens_per_step": tokens_per_step, "held_out_tokens": held_out_tokens, "sequence_length": sequence_length}
+    options["share_head"] = share_head
     most = max((steps, readings) for _, steps, readings in done)
     full = [(shape, *most) for shape, _, _ in done]
     return {
@@ -274,5 +297,6 @@ def planned_cost(
         tokens_per_step=training.batch_size * sequence_length,
         held_out_tokens=settings.num_validation_sequences * sequence_length,
         sequence_length=sequence_length,
+        share_head=settings.share_head,
     )
     return cost | {"tokens": float(sum(steps) * training.batch_size * sequence_length)}

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from minitron import dist
 from minitron.core.candidate import Candidate
 from minitron.core.manifest import write_text
+from minitron.distill.loop import Asked
+from minitron.distill.pair import losses_together
 from minitron.distill.training import OpenTraining
-from minitron.errors import DivergenceError, Interrupted
+from minitron.errors import DivergenceError, Interrupted, LaunchError
 from minitron.log import Progress, get_logger
 from minitron.ops.kd_loss import IGNORE_INDEX
 
@@ -24,6 +27,8 @@ logger = get_logger(__name__)
 
 #: Candidate and the folder for its checkpoints → its training, in place.
 Open = Callable[[Candidate, Path], OpenTraining]
+#: What fails one candidate and not the rest.
+_FAILURES = (DivergenceError, MemoryError, torch.OutOfMemoryError)
 
 
 @dataclass
@@ -58,12 +63,16 @@ class Trials:
         held_out: Sequence[dict[str, torch.Tensor]],
         folder: Path,
         group_size: int,
+        share_head: int = 1,
+        ask: Callable[[nn.Module, str], dict[str, Any]] | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """``held_out`` are this rank's batches of one sequence each; ``group_size`` candidates are in memory at a time."""
+        """``held_out`` are this rank's batches of one sequence each; ``group_size`` candidates are in memory at a time, and for ``share_head`` of
+        them the teacher's head is applied once, their activations being in memory together; ``ask`` scores a student at every evaluation."""
         self.candidates = {candidate.name: candidate for candidate in candidates}
         self._open_training, self._held_out, self._stop = open_training, held_out, stop
-        self.folder, self._group_size = folder, group_size
+        self.folder, self._group_size, self._share_head = folder, group_size, share_head
+        self._agreement, self._ask = dist.Agreement(), ask
         self.records = {name: self._read(candidate) for name, candidate in self.candidates.items()}
         self._open: dict[str, OpenTraining] = {}
         self.held_out_tokens = int(dist.all_reduce_sum(torch.tensor(sum(int((b["labels"] != IGNORE_INDEX).sum()) for b in held_out))))
@@ -76,8 +85,8 @@ class Trials:
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
 
-    def _write(self, name: str) -> None:
-        if dist.is_main():
+    def _write(self, name: str, *, whoever: bool = False) -> None:
+        if dist.is_main() or whoever:
             write_text(self._path(name), json.dumps(asdict(self.records[name])))
 
     def reach(self, names: Sequence[str], step: int, *, evaluations: Sequence[int], last: bool) -> None:
@@ -147,22 +156,70 @@ class Trials:
         record.curve = [point for point in record.curve if point["step"] <= self._open[name].progress.step]
 
     def _take_step(self, names: list[str]) -> None:
-        """One optimiser step of each, in turn after every micro-batch."""
-        waiting = list(names)
-        while waiting:
-            waiting = [name for name in waiting if self._guard(name, lambda name=name: self._advance(name))]  # type: ignore[misc]
+        """One optimiser step of each, in turn after every micro-batch; the losses of ``share_head`` of them are computed together."""
+        asked = {name: item for name in names if isinstance(item := self._guard(name, lambda name=name: self._advance(name)), Asked)}  # type: ignore[misc]
+        while asked:
+            waiting, asked = asked, {}
+            for group in self._shares(list(waiting)):
+                answers = self._together(group, waiting[group[0]], validate=False) or {}
+                for name in group:
+                    item = self._guard(name, lambda name=name: self._advance(name, answers.pop(name, None)))  # type: ignore[misc]  # noqa: B023
+                    if isinstance(item, Asked):
+                        asked[name] = item
 
-    def _advance(self, name: str) -> bool:
-        """Up to the next micro-batch or the end of the step; whether the step goes on."""
-        return next(self._open[name].steps) is None
+    def _advance(self, name: str, losses: dict[str, torch.Tensor] | None = None) -> Any:
+        """Up to the next micro-batch or the end of the step, from the losses of the last one asked for where they are known."""
+        return self._open[name].steps.send(losses)
+
+    def _shares(self, names: list[str]) -> list[list[str]]:
+        """Candidates as they meet at the teacher's head."""
+        return [names[start : start + self._share_head] for start in range(0, len(names), self._share_head)]
+
+    def _together(self, names: list[str], asked: Asked, *, validate: bool) -> dict[str, dict[str, torch.Tensor]] | None:
+        """The losses of several candidates, the teacher's head applied once; None where each is to be computed by itself.
+
+        So it is when they do not fit into memory together, from then on, and when one of them fails otherwise, to find out which.
+        """
+        if len(names) == 1:
+            return None
+        pairs = [self._open[name].pair for name in names]
+        try:
+            found, reason = self._attempt(lambda: losses_together(pairs, asked.batch, asked.denominator, validate=validate))
+        except dist.NoAgreement as alone:
+            told = f"{len(names)} candidates at once failed on rank {dist.rank()} alone ({alone}), where the other ranks cannot do without it"
+            raise LaunchError(f"{told}; ranking.share_head=1 takes them one by one") from alone
+        if reason is None:
+            return dict(zip(names, found, strict=True))
+        logger.warning("  %d candidates do not go together (%s): each by itself from here on", len(names), reason)
+        self._share_head = 1
+        self._free()
+        return None
+
+    def _attempt(self, work: Callable[[], Any]) -> tuple[Any, str | None]:
+        """What work gives, and None; or why it has failed, here or on another rank."""
+        try:
+            result, reason = work(), None
+        except _FAILURES as error:
+            result, reason = None, str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = self._agreement.told(reason)
+        return (result if reason is None else None), reason
 
     def _guard(self, name: str, work: Callable[[], Any]) -> Any:
-        """Do something for one candidate; running out of memory or numbers fails it, with its reason, and not the rest."""
+        """Do something for one candidate; running out of memory or numbers, on any rank, fails it with its reason, and not the rest.
+
+        Raises:
+            LaunchError: it has failed on this rank in the middle of something that the others cannot leave.
+        """
         try:
-            return work()
-        except (DivergenceError, MemoryError, torch.OutOfMemoryError) as error:
-            self._fail(name, str(error).splitlines()[0] if str(error) else type(error).__name__)
-            return None
+            result, reason = self._attempt(work)
+        except dist.NoAgreement as alone:
+            self.records[name].status, self.records[name].reason = "failed", str(alone)
+            self._write(name, whoever=True)
+            told = f"candidate {name} failed on rank {dist.rank()} alone ({alone}), where the other ranks cannot do without it"
+            raise LaunchError(f"{told}; it is recorded as failed, and the same command goes on with the rest") from alone
+        if reason is not None:
+            self._fail(name, reason)
+        return result
 
     def _fail(self, name: str, reason: str) -> None:
         record = self.records[name]
@@ -170,6 +227,10 @@ class Trials:
         logger.warning("  candidate %s failed: %s", name, reason)
         self._write(name)
         self._close(name, forget=True)
+        self._free()
+
+    @staticmethod
+    def _free() -> None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -180,9 +241,11 @@ class Trials:
         first, one = dist.rank() * len(self._held_out), torch.ones((), device=dist.device())
         parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         for batch in self._held_out:
-            for name in names:
-                if name in self._open:
-                    found = self._guard(name, lambda name=name: self._open[name].pair.losses(batch, one, validate=True))  # type: ignore[misc]  # noqa: B023
+            for group in self._shares([name for name in names if name in self._open]):
+                together = self._together(group, Asked(batch, one), validate=True)
+                for name in group:
+                    pair = self._open[name].pair
+                    found = together[name] if together else self._guard(name, lambda: pair.losses(batch, one, validate=True))  # noqa: B023
                     if found is not None:
                         kl = next((value for term, value in found.items() if term.startswith("forward_kl")), torch.zeros_like(found["cross_entropy"]))
                         parts[name].append(torch.stack([found["cross_entropy"].float(), kl.float()]))
@@ -199,6 +262,10 @@ class Trials:
         if not math.isfinite(mean):
             self._fail(name, f"the held-out loss is {mean} after step {step}")
             return
-        point = {"step": step, "tokens": self._open[name].progress.tokens, "loss": mean, "kl": float(kl.sum() / tokens.sum())}
+        point: dict[str, Any] = {"step": step, "tokens": self._open[name].progress.tokens, "loss": mean, "kl": float(kl.sum() / tokens.sum())}
+        if self._ask is not None:
+            student = self._open[name].run.student
+            point["tasks"] = self._ask(student.eval(), name)
+            student.train()
         self.records[name].curve.append({**point, "sequences": [round(value, 6) for value in (loss / tokens).tolist()]})
         self._write(name)

@@ -15,6 +15,7 @@ STAGES = {
     "search": "minitron.stages.search",
     "rank": "minitron.stages.rank",
     "prune": "minitron.stages.prune",
+    "sparsify": "minitron.stages.sparsify",
     "cache": "minitron.stages.cache",
     "distill": "minitron.stages.distill",
     "export": "minitron.stages.export",

@@ -27,6 +27,8 @@ from minitron.stages.packing import choose_packing
 from minitron.tracking import build_trackers
 from minitron.tracking.jsonl import FILE_NAME, truncate_after
 
+#: The folder of the model with zeros.
+SPARSE = "sparse"
 #: Held-out losses of untrained candidates, beside the pruned folders.
 ZERO_SHOT = "zero_shot.json"
 
@@ -204,6 +206,26 @@ class StageContext:
         given = getattr(getattr(self.sections, "student", None), "path", None)
         return Path(given).expanduser() if given else self.run_dir / "pruned" / self.winner()
 
+    def dense_folder(self) -> Path:
+        """The model to make sparse: ``student.path`` when given, else this run's pruned winner, else the teacher."""
+        given = getattr(getattr(self.sections, "student", None), "path", None)
+        if given or any((self.run_dir / "pruned").glob("*/manifest.json")):
+            return self.pruned_folder()
+        return self.teacher_folder(to_cut=True)
+
+    def sparse_folder(self) -> Path | None:
+        """What ``sparsify`` wrote; None when it did not, or ``student.path`` names another model than it was made from."""
+        folder = self.run_dir / SPARSE
+        made = Manifest.read(folder) if folder.is_dir() else None
+        given = getattr(getattr(self.sections, "student", None), "path", None)
+        if made is None or (given and made.inputs.get("model") != fingerprint_folder(Path(given).expanduser())):
+            return None
+        return folder
+
+    def student_folder(self) -> Path:
+        """The model that distillation starts from: the sparse one where there is one, else the pruned one."""
+        return self.sparse_folder() or self.pruned_folder()
+
     def open_tracker(self, out: Path, stage: str) -> Callable[[int], Tracker]:
         """A maker of trackers that first cuts off metric lines after the step to go on from."""
 
@@ -211,7 +233,8 @@ class StageContext:
             if dist.is_main() and (out / FILE_NAME).is_file():
                 truncate_after(out / FILE_NAME, step if step > 0 else -1)
             settings = {"jsonl": {}, **self.sections.tracking}
-            return build_trackers(settings, folder=out, run_name=f"{self.title}/{stage}", group=self.title, config={})
+            about: dict[str, Any] = {"run_name": f"{self.title}/{stage}", "group": self.title, "config": self.memory.get("config", {})}
+            return build_trackers(settings, folder=out, step=step, job=stage, **about)
 
         return make
 

@@ -27,9 +27,11 @@ class StudentConfig:
 
 
 def inputs(context: StageContext) -> dict[str, Any]:
-    """The pruned model, the text, and the teachers (or what is stored of them) when a loss needs them."""
+    """The sparse or pruned model, the text, and the teachers (or what is stored of them) when a loss needs them."""
     later = later_blends(context.sections.training, context.sections.data)
-    found: dict[str, Any] = {"pruned": context.pruned_folder(), "data": context.data_fingerprint(later)}
+    sparse = context.sparse_folder()
+    start = {"sparse": sparse} if sparse else {"pruned": context.pruned_folder()}
+    found: dict[str, Any] = {**start, "data": context.data_fingerprint(later)}
     if _needs_teacher(context):
         found |= cache_inputs(context) if context.sections.teacher.placement == "cached" else teacher_inputs(context)
     return found
@@ -51,7 +53,7 @@ def run(context: StageContext, out: Path) -> dict[str, Any]:
     return train_folder(
         context,
         out,
-        source=context.pruned_folder(),
+        source=context.student_folder(),
         training=sections.training,
         loss=sections.loss,
         with_teacher=_needs_teacher(context),

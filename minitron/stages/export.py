@@ -16,6 +16,7 @@ from minitron.models import config_of, discover
 from minitron.models.checkpoint_form import folder_weights, kept_in_float32
 from minitron.models.load import DTYPES
 from minitron.models.publish import check_reload, copy_licence, publish_config
+from minitron.models.sparse_folder import carry_from
 from minitron.models.weights import WeightReader, copy_companions, write_weights
 from minitron.stages.context import StageContext
 from minitron.stages.model_card import model_card
@@ -47,13 +48,13 @@ class ExportConfig:
 
 
 def inputs(context: StageContext) -> dict[str, Any]:
-    """The student, or the pruned model when nothing was distilled."""
+    """The student, or the sparse or pruned model when nothing was distilled."""
     return {"model": _source(context)}
 
 
 def _source(context: StageContext) -> Path:
     student = context.run_dir / "student"
-    return student if (student / "manifest.json").is_file() else context.pruned_folder()
+    return student if (student / "manifest.json").is_file() else context.student_folder()
 
 
 def run(context: StageContext, out: Path) -> dict[str, Any]:
@@ -83,6 +84,7 @@ def _write(context: StageContext, out: Path) -> dict[str, Any]:
     shape = family.architecture
     publish_config(config, out, dtype=name, head_dim=shape.head_dim)
     copy_companions(source, out)
+    carry_from(source, out, family)
     for folder in (source, teacher):
         if folder is not None:
             copy_licence(folder, out)

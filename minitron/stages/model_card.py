@@ -8,13 +8,15 @@ from typing import Any
 
 _AXES = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "num_experts", "expert_ffn_size", "shared_ffn_size")
 #: Sections of the stages' settings that are listed, once each: those of the last stage that has one.
-_SECTIONS = ("importance", "depth", "target", "prune", "training", "loss", "on_policy")
+_SECTIONS = ("importance", "depth", "target", "prune", "sparsify", "training", "loss", "on_policy")
+#: Stages that make a model another one, in words.
+_MADE_BY = {"prune": "pruning", "sparsify": "sparsifying", "distill": "distillation"}
 
 
 def model_card(title: str, provenance: dict[str, Any]) -> str:
     """Lineage, kept units, data, metrics, hyper-parameters and licence, in Markdown with front matter."""
     stages, parent = provenance["stages"], provenance["parent"]
-    made = " and ".join(word for stage, word in {"prune": "pruning", "distill": "distillation"}.items() if stage in stages) or "conversion"
+    made = " and ".join(word for stage, word in _MADE_BY.items() if stage in stages) or "conversion"
     teacher = f"`{parent['name'] or 'a config'}`" + (f" ({parent['note']})" if parent["note"] else "")
     lines = [
         *_front(parent, stages),
@@ -36,7 +38,7 @@ def model_card(title: str, provenance: dict[str, Any]) -> str:
 
 
 def _front(parent: dict[str, Any], stages: dict[str, Any]) -> list[str]:
-    tags = ["minitron", *(tag for stage, tag in {"prune": "pruned", "distill": "distilled"}.items() if stage in stages)]
+    tags = ["minitron", *(tag for stage, tag in {"prune": "pruned", "sparsify": "sparse", "distill": "distilled"}.items() if stage in stages)]
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", f"tags: [{', '.join(tags)}]"]
     lines += [f"{key}: {value}" for key, value in parent["licence"].items() if key != "file"]
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", parent["name"] or "") and ".gguf" not in parent["name"]:

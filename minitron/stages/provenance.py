@@ -28,9 +28,10 @@ def provenance_of(context: StageContext, source: Path, count: int) -> dict[str, 
     Raises:
         CheckpointError: a manifest is damaged, or the plan of this run cannot be replayed.
     """
-    pruned = context.pruned_folder()
-    read = [Manifest.read(folder) for folder in (*(context.run_dir / name for name in _BEFORE), pruned, context.run_dir / "student")]
-    manifests = {manifest.stage: manifest for manifest in read if manifest is not None}
+    sparse = context.sparse_folder()
+    pruned = context.dense_folder() if sparse else context.pruned_folder()
+    folders = [*(context.run_dir / name for name in _BEFORE), pruned, sparse or pruned, context.run_dir / "student"]
+    manifests = {made.stage: made for folder in folders if folder != context.original_teacher() and (made := Manifest.read(folder)) is not None}
     plan = _plan_of(context, pruned)
     return {
         "minitron_version": __version__,
@@ -40,7 +41,7 @@ def provenance_of(context: StageContext, source: Path, count: int) -> dict[str, 
         "scores": (plan or {}).get("provenance", {}).get("scores_fingerprint"),
         "data": _data(manifests),
         "metrics": _metrics(context, pruned, manifests),
-        "made_elsewhere": fingerprint_folder(pruned) if pruned.parent.parent != context.run_dir else None,
+        "made_elsewhere": fingerprint_folder(pruned) if context.sections.student.path else None,
         "plan": plan,
         "stages": {name: {key: getattr(manifest, key) for key in _TOLD} for name, manifest in manifests.items()},
     }
@@ -86,13 +87,13 @@ def _metrics(context: StageContext, pruned: Path, manifests: dict[str, Manifest]
     student = context.run_dir / "student"
     if "distill" in manifests and (student / FILE_NAME).is_file():
         points = [row for row in read_metrics(student / FILE_NAME) if "validation_loss" in row]
-        last = manifests["distill"].results.get("validation_loss")
-        found |= {"pruned": {"loss": points[0]["validation_loss"]}} if points and points[0]["step"] == 0 else {}
-        found |= {"student": {"loss": last}} if last is not None else {}
-    measured = Manifest.read(context.run_dir / "evaluation")
-    if measured is None:
+        start = points[0]["validation_loss"] if points and points[0]["step"] == 0 else None
+        known = {"sparse" if "sparsify" in manifests else "pruned": start, "student": manifests["distill"].results.get("validation_loss")}
+        found = {name: {"loss": loss} for name, loss in known.items() if loss is not None}
+    if (measured := Manifest.read(context.run_dir / "evaluation")) is None:
         return found
-    folders = {"teacher": context.original_teacher(), "corrected_teacher": context.run_dir / "teacher", "pruned": pruned, "student": student}
+    folders = {"teacher": context.original_teacher(), "pruned": pruned, "student": student}
+    folders |= {"corrected_teacher": context.run_dir / "teacher", "sparse": context.sparse_folder()}
     same = [name for name, path in folders.items() if name in measured.inputs and path and measured.inputs[name] == fingerprint_folder(path)]
     rows = json.loads((context.run_dir / "evaluation" / "metrics.json").read_text())
     # Figures of one measurement only: another text or length would not compare.

@@ -23,7 +23,7 @@ from minitron.stages.teachers import teacher_inputs
 from minitron.stages.trials import open_trials
 
 FOLDER = "ranking"
-SECTIONS = ("teacher", "data", "depth", "prune", "ranking", "training", "loss", "engine", "tracking")
+SECTIONS = ("teacher", "data", "depth", "prune", "ranking", "evaluate", "training", "loss", "engine", "tracking")
 HELP = "train every candidate for a few steps on the same batches and rank them by held-out loss"
 
 logger = get_logger(__name__)
@@ -31,8 +31,7 @@ logger = get_logger(__name__)
 
 def folders(context: StageContext) -> list[str]:
     """A task has a folder of its own, because tasks run at the same time."""
-    task = context.sections.ranking.task
-    return [FOLDER] if task is None else ["{}/{}-of-{}".format(TASKS, *task_of(task))]
+    return [FOLDER] if (task := context.sections.ranking.task) is None else ["{}/{}-of-{}".format(TASKS, *task_of(task))]
 
 
 def inputs(context: StageContext) -> dict[str, Any]:
@@ -42,8 +41,8 @@ def inputs(context: StageContext) -> dict[str, Any]:
 
 def effective(context: StageContext) -> dict[str, Any]:
     """The training settings that ranking really uses: a longer distillation does not undo a ranking."""
-    ranking = context.sections.ranking
-    return {"training": relevant(ranking.training(context.sections.training)), "ranking": ranking.deciding()}
+    ranking, sections = context.sections.ranking, context.sections
+    return {"training": relevant(ranking.training(sections.training)), "ranking": ranking.deciding(), "evaluate": ranking.asking(sections.evaluate)}
 
 
 def run(context: StageContext, out: Path) -> dict[str, Any]:
@@ -53,10 +52,10 @@ def run(context: StageContext, out: Path) -> dict[str, Any]:
         return _write(out, {"candidates": [only_row(candidates[0])]}) | {"tokens": 0}
     require_proof(context.teacher_config())
     ranking = context.sections.ranking
-    apart = ranking.placement == "apart" and dist.world_size() > 1
+    apart = ranking.placement == "apart" and dist.world_size() > 1 and not ranking.from_tasks
     number, count = task_of(ranking.task) if ranking.task is not None else (dist.rank(), dist.world_size()) if apart else (0, 1)
-    if dist.is_main() and (taken := take_over([] if ranking.task else records_of_tasks(context.run_dir, out), out)):
-        logger.info("  %d candidates were trained by tasks", taken)
+    number = len(candidates) if ranking.from_tasks else number  # then no candidate is this process's own
+    take_over([] if ranking.task else records_of_tasks(context.run_dir, out), out)
     dist.barrier()
     stopped: Interrupted | None = None
     with dist.alone() if apart else nullcontext():
@@ -84,12 +83,13 @@ def _race(
     names, shapes = [candidate.name for candidate in candidates], {candidate.name: candidate.architecture for candidate in candidates}
     rules = ranking.rules(len(names), num_warmup_steps=training.num_warmup_steps)
     trials, num_forwards = open_trials(context, candidates[number::count], candidates, out, apart=apart)
-    elsewhere = others_of(context.run_dir, out, by_tasks=task is not None)
-    share = Share(trials, elsewhere, ranking.wait if task else None, context.stop, f"task {task}" if task else f"worker {number}")
+    elsewhere = others_of(context.run_dir, out, by_tasks=task is not None or ranking.from_tasks)
+    what = "ranking.from_tasks=true" if ranking.from_tasks else f"task {task}" if task else f"worker {number}"
+    share = Share(trials, elsewhere, ranking.wait if task or ranking.from_tasks else None, context.stop, what, needed=ranking.from_tasks)
     outcome, records = run_race(names, rules, share, only_mine=task is not None)
     trials.drop(names)
     sizes = {"tokens_per_step": training.batch_size * length, "held_out_tokens": trials.held_out_tokens, "sequence_length": length}
-    cost = cost_of(shapes, context.family().architecture, records, **sizes)
+    cost = cost_of(shapes, context.family().architecture, records, share_head=ranking.share_head, **sizes)
     summary = {} if task else ranking_summary(names, rules, ranking, outcome, records) | {"cost": cost}
     return outcome, records, {"teacher_forwards": num_forwards(), **({} if task else {"summary": summary})}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from minitron.core.protocols import Engine
 from minitron.distill.teacher import TeacherSignal
 from minitron.engine import resolve_dtype
 from minitron.errors import CheckpointError
-from minitron.models import config_of, load_tokenizer
+from minitron.models import config_of, discover, load_tokenizer
 from minitron.models.lazy import load_lazily
 from minitron.models.states import Tap
 from minitron.stages.cached import open_cached
@@ -39,6 +39,23 @@ def teaching(context: StageContext, source: Path) -> dict[str, Any]:
     if context.sections.teacher.placement == "cached":
         return {"teacher": None, "signal": open_cached(context, source)}
     return {"teacher": context.load_teacher(lazily=True), "others": load_further_teachers(context)}
+
+
+def flops_per_token(context: StageContext, source: Path, *, with_teacher: bool) -> Callable[[int], float]:
+    """A count of what a training computes for a token of sequences of a length: forward and backward of the student, and a forward of each teacher.
+
+    A cached teacher does not run. Text that the student writes itself, and losses on states, are not counted.
+    """
+    options = context.sections.teacher
+    shapes = [discover(config_of(source, options)).architecture]
+    if with_teacher and options.placement != "cached":
+        shapes += [context.family().architecture, *(discover(config_of(folder, options)).architecture for folder, _ in context.further_teachers())]
+
+    def count(sequence_length: int) -> float:
+        student, *teachers = (shape.flops_per_token(sequence_length) for shape in shapes)
+        return 3.0 * student + sum(teachers)
+
+    return count
 
 
 def place_teachers(context: StageContext, engine: Engine, *, taps: Sequence[Tap], remember_bytes: int) -> list[tuple[TeacherSignal, float]]:

@@ -15,12 +15,12 @@ from minitron.distill.losses import LossConfig
 from minitron.distill.on_policy import OFF, OnPolicyConfig
 from minitron.distill.settings import TrainingConfig, later_blends
 from minitron.distill.training import TrainingResult, TrainingRun
-from minitron.models import TeacherConfig, checkpoint_form, config_of, load_tokenizer
+from minitron.models import checkpoint_form, load_tokenizer
 from minitron.models.lazy import load_lazily
-from minitron.models.weights import copy_companions
 from minitron.stages.context import StageContext, blocks_of
 from minitron.stages.states import check_student_states, kept_channels
-from minitron.stages.teachers import check_vocabularies, teaching
+from minitron.stages.student_folder import describe_student, student_masks
+from minitron.stages.teachers import check_vocabularies, flops_per_token, teaching
 
 
 def train_folder(
@@ -40,10 +40,11 @@ def train_folder(
     if with_teacher:
         check_vocabularies(context, source)
         check_student_states(context, loss, source)
-    trust = sections.teacher.trust_remote_code
+    masks, trust = student_masks(context, source, training), sections.teacher.trust_remote_code
     student = load_lazily(source, dtype=torch.float32, attention=sections.teacher.attention, trust_remote_code=trust)
     text = context.text(later := later_blends(training, sections.data))
-    describe = partial(_describe, source=source, teacher=sections.teacher)
+    describe = partial(describe_student, source=source, teacher=sections.teacher, masks=masks)
+    form = checkpoint_form(source, student.config)
     result = TrainingRun(
         student=student,
         **(teaching(context, source) if with_teacher else {"teacher": None}),
@@ -51,7 +52,8 @@ def train_folder(
         later_stream=lambda number: text.stream(blend=number, sequence_length=training.phase_table(length)[number].sequence_length),
         validation=context.held_out(training.num_validation_sequences, later),
         describe=describe,
-        form=checkpoint_form(source, student.config),
+        form=form if masks is None else masks.form(form),
+        masks=masks,
         sequence_length=length,
         training=training,
         loss=loss,
@@ -69,16 +71,9 @@ def train_folder(
         read_ahead=sections.data.num_workers > 0,
         kept_hidden=kept_channels(context, source) if with_teacher else None,
         origin=context.origin(),
+        flops_per_token=flops_per_token(context, source, with_teacher=with_teacher),
     ).run()
     return _write_result(out, result, training.result, describe)
-
-
-def _describe(folder: Path, *, source: Path, teacher: TeacherConfig) -> None:
-    """Put the config and tokenizer of ``source`` beside float32 weights."""
-    config = config_of(source, teacher)
-    config.dtype = "float32"
-    config.save_pretrained(folder)
-    copy_companions(source, folder)
 
 
 def _write_result(out: Path, result: TrainingResult, which: str, describe: Callable[[Path], None]) -> dict[str, Any]:

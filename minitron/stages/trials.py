@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from minitron import dist
 from minitron.core.candidate import Candidate
 from minitron.distill.training import OpenTraining, TrainingRun
 from minitron.distill.validation import validation_batches
 from minitron.engine import build_engine
+from minitron.evaluate import Tasks
 from minitron.search.placement import free_bytes, group_size
 from minitron.search.trials import Trials
 from minitron.stages.context import StageContext, blocks_of
@@ -67,8 +69,17 @@ def open_trials(
 
     held_out = validation_batches(context.held_out(training.num_validation_sequences), micro_batch_size=1, separator=context.separator())
     together = sections.ranking.together or _that_fit(context, candidates, apart=apart)
-    trials = Trials(candidates, open_training=open_training, held_out=held_out, folder=out, group_size=together, stop=context.stop)
+    sizes: dict[str, Any] = {"group_size": together, "share_head": sections.ranking.share_head, "ask": _asking(context)}
+    trials = Trials(candidates, open_training=open_training, held_out=held_out, folder=out, **sizes, stop=context.stop)
     return trials, lambda: teachers[0][0].num_forwards if teachers else 0
+
+
+def _asking(context: StageContext) -> Callable[[nn.Module, str], dict[str, Any]] | None:
+    """How a candidate is scored on the tasks of the ranking, whose data is made ready here; None without any."""
+    if not context.sections.ranking.tasks:
+        return None
+    tasks = Tasks(replace(context.sections.evaluate, tasks=context.sections.ranking.tasks), seed=context.seed)
+    return lambda student, name: tasks.measure(student, context.tokenizer(), what=name)
 
 
 def _that_fit(context: StageContext, candidates: Sequence[Candidate], *, apart: bool) -> int:

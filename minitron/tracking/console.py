@@ -15,9 +15,18 @@ class ConsoleTracker:
     """Logs the first step it sees and every ``every``-th."""
 
     def __init__(self, run: RunInfo, *, every: int = 10) -> None:
+        self.check(every=every)
+        self._name, self._every, self._fresh = run.run_name, every, True
+
+    @staticmethod
+    def check(*, every: int = 10) -> None:
+        """Refuse what cannot work, before anything is trained.
+
+        Raises:
+            ConfigError: a number below 1.
+        """
         if every < 1:
             raise ConfigError(f"tracking.console.every={every} must be at least 1")
-        self._name, self._every, self._fresh = run.run_name, every, True
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take the metrics of one step."""

@@ -39,7 +39,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Update every weight that has a gradient; gradients of orthogonal groups are used up."""
+        """Update every weight that has a gradient; gradients of orthogonal groups are used up. In groups that are ``sparse`` zeros stay zero."""
         for group in self.param_groups:
             for parameter in group["params"] if group["orthogonal"] else ():
                 if parameter.grad is not None:
@@ -62,8 +62,11 @@ class Muon(torch.optim.AdamW):
         if isinstance(parameter, DTensor):
             # Every rank has the same whole; cutting its own part out of it needs no communication.
             update = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        mine = local(update)
+        if group["sparse"]:  # the orthogonal update is dense, whatever the gradient
+            mine = mine.masked_fill(local(parameter) == 0, 0.0)
         rate, decay = group["lr"], 1.0 - group["lr"] * group["weight_decay"]
-        local(parameter).mul_(torch.where(go, decay, 1.0)).sub_(local(update) * torch.where(go, rate, 0.0))
+        local(parameter).mul_(torch.where(go, decay, 1.0)).sub_(mine * torch.where(go, rate, 0.0))
 
 
 def build(root: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -73,5 +76,8 @@ def build(root: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     hidden = [p for p in trainable if p.ndim >= 2 and vocabularies.isdisjoint(p.shape)]
     chosen = {id(p) for p in hidden}
     groups = [{**group, "orthogonal": False} for group in parameter_groups([p for p in trainable if id(p) not in chosen], config.weight_decay)]
-    groups.insert(0, {"params": hidden, "weight_decay": config.weight_decay, "orthogonal": True})
-    return Muon(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True)
+    sparse = {id(module.weight) for module in root.modules() if getattr(module, "keeps_zeros", False)}
+    for of_sparse in (False, True):
+        alike = [p for p in hidden if (id(p) in sparse) == of_sparse]
+        groups.insert(0, {"params": alike, "weight_decay": config.weight_decay, "orthogonal": True, "sparse": of_sparse})
+    return Muon([group for group in groups if group["params"]], lr=0.0, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True)

@@ -5,5 +5,21 @@ from minitron.report.charts.frame import Key, figure
 from minitron.report.charts.heat import heat_map
 from minitron.report.charts.lines import Rule, Series, line_chart
 from minitron.report.charts.marks import Point, damage_scale, dumbbell
+from minitron.report.charts.whiskers import Score, score_cell, score_chart
 
-__all__ = ["Bar", "Key", "Point", "Rule", "Series", "column_chart", "damage_scale", "dumbbell", "figure", "heat_map", "line_chart"]
+__all__ = [
+    "Bar",
+    "Key",
+    "Point",
+    "Rule",
+    "Score",
+    "Series",
+    "column_chart",
+    "damage_scale",
+    "dumbbell",
+    "figure",
+    "heat_map",
+    "line_chart",
+    "score_cell",
+    "score_chart",
+]

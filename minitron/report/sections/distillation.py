@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,14 +18,18 @@ Points = list[tuple[float, float]]
 
 _MAX_POINTS = 400
 #: Small charts below the losses: key → title and unit.
-_SMALL = {"learning_rate": "Learning rate", "gradient_norm": "Gradient norm", "tokens_per_second": "Tokens per second"}
+_SMALL = {
+    "learning_rate": "Learning rate",
+    "gradient_norm": "Gradient norm",
+    "tokens_per_second": "Tokens per second",
+}
 #: Divergences from a teacher, of which a run has one: from all that it says, or from what was cached of it.
 _DIVERGENCES = {
     "validation_kl": "KL from the teacher",
     "validation_kl_top_k": "KL over the teacher's top tokens",
     "validation_kl_samples": "KL by the teacher's samples",
 }
-_NO_TERM = {"step", "tokens", "loss", "phase", *_SMALL}
+_NO_TERM = {"step", "tokens", "loss", "phase", "mfu", "sparsity", "skipped_steps", "loss_spike", "went_back_from", *_SMALL}
 _UNITS = ("_bytes", "_seconds", "_per_second", "_rate", "_norm")
 #: Widths of charts that stand two and three in a row.
 _HALF, _THIRD = 400, 256
@@ -128,7 +133,9 @@ def _small(rows: Rows, *, x: str, style: str) -> Html | None:
         values = thin(points(rows, key, x=x), 150)
         if len(values) < 2:
             continue
-        made.append(figure(title, _sparse_chart(title, values, x=x, style=style, y_zero=key != "gradient_norm"), wide=_THIRD))
+        shares = [share for _, share in points(rows, "mfu", x=x)] if key == "tokens_per_second" else []
+        note = f"{percent(statistics.median(shares))} of the peak rate (MFU)." if shares else None
+        made.append(figure(title, _sparse_chart(title, values, x=x, style=style, y_zero=key != "gradient_norm"), wide=_THIRD, note=note))
     return tag("div", made, class_="small") if made else None
 
 

@@ -8,19 +8,15 @@ from minitron.report.formats import count, finite, loss, number
 from minitron.report.markup import Child, Html, join, table, tag
 from minitron.report.reader import Run
 from minitron.report.sections.body import Body, share_bar
-from minitron.report.summary import Summary, evaluated
+from minitron.report.summary import Summary, evaluated, style_of
 
 _FIRST = ("perplexity", "loss")
 _COUNTS = ("num_parameters", "num_tokens")
+_ELSEWHERE = ("flops_per_token", "kv_cache_bytes_per_token")  # in the table of shapes
 
 
 def _name(model: str) -> str:
     return model.replace("_", " ")
-
-
-def _style(model: str) -> str:
-    """The colour class of a model; any kind of teacher is a teacher."""
-    return "teacher" if model.endswith("teacher") else model if model in ("pruned", "student") else "term0"
 
 
 def _bars(summary: Summary) -> Html | None:
@@ -31,7 +27,7 @@ def _bars(summary: Summary) -> Html | None:
     rows = []
     for name, value in summary.losses.items():
         words = tag("span", tag("b", loss(value)), f" perplexity {number(summary.perplexities.get(name))}", class_="value")
-        rows.append(tag("li", tag("span", _name(name), class_="name"), share_bar(value / longest if longest > 0 else 0.0, _style(name)), words))
+        rows.append(tag("li", tag("span", _name(name), class_="name"), share_bar(value / longest if longest > 0 else 0.0, style_of(name)), words))
     title = tag("figcaption", tag("h3", "Held-out loss"), tag("p", "Nats per token; lower is better. Bars start at nought."))
     return tag("figure", title, tag("ul", rows, class_="hbars"))
 
@@ -48,12 +44,12 @@ def _write(key: str, value: Any) -> str:
 def _table(models: dict[str, dict[str, Any]]) -> Html:
     """Metrics as rows, models as columns; metrics that evaluation adds later appear by themselves."""
     keys = list(dict.fromkeys([*_FIRST, *(key for values in models.values() for key in values)]))
-    plain = [key for key in keys if any(isinstance(values.get(key), (int, float, str)) for values in models.values())]
+    plain = [key for key in keys if key not in _ELSEWHERE and any(isinstance(values.get(key), (int, float, str)) for values in models.values())]
     plain.sort(key=lambda key: key in _COUNTS)
     rows: list[list[Child]] = []
     for key in plain:
         rows.append([key.removeprefix("num_").replace("_", " "), *(_write(key, values.get(key)) for values in models.values())])
-    header: list[Child] = ["", *(tag("span", tag("i", class_=f"key box {_style(name)}"), _name(name)) for name in models)]
+    header: list[Child] = ["", *(tag("span", tag("i", class_=f"key box {style_of(name)}"), _name(name)) for name in models)]
     return table(header, rows, classes=["", *("n" for _ in models)])
 
 

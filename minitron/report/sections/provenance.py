@@ -15,6 +15,8 @@ _LABELS = {"minitron_version": "minitron", "num_processes": "processes"}
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, dict) and "commit" in value:
+        return f"{str(value['commit'])[:12]}{', changed since' if value.get('changed') else ''}"
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 

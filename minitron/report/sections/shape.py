@@ -9,7 +9,7 @@ from minitron.report.formats import count, exact, finite, percent, size, words
 from minitron.report.markup import Child, table, tag
 from minitron.report.reader import Run, as_dict
 from minitron.report.sections.body import Body, share_bar
-from minitron.report.summary import Summary
+from minitron.report.summary import Summary, evaluated
 
 _SIZES = {
     "num_layers": "layers",
@@ -65,7 +65,11 @@ def render(run: Run, summary: Summary) -> Body | None:
     rows.append(_row("parameters", summary.parameters_before, summary.parameters_after, count))
     costs = as_dict(results.get("costs")) or as_dict(candidate.get("costs"))
     old_costs = as_dict(results.get("teacher_costs"))
+    measured = evaluated(run)
+    last = as_dict(measured.get("student") or measured.get("pruned"))
     flops = finite(old_costs.get("flops_per_token")), finite(costs.get("flops_per_token"))
+    if None in flops:  # both of one sequence length, or none
+        flops = finite(as_dict(measured.get("teacher")).get("flops_per_token")), finite(last.get("flops_per_token"))
     if flops != (None, None):
         rows.append(_row("forward FLOPs per token", *flops, count))
     cache = _cache_bytes(before), _cache_bytes(after)

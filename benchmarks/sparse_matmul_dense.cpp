@@ -1,0 +1,31 @@
+// The loop of kernels/sparse_matmul over a dense bf16 weight: the yardstick of its own kind for the benchmark. Only AVX2.
+#include <immintrin.h>
+
+#include <type_traits>
+#include <vector>
+
+#include "matmul.h"
+#include "numbers.h"
+
+namespace sparse {
+namespace {
+constexpr int64_t ALONE = 1 << 17;
+namespace bitmap {
+#include "avx2.h"
+}
+namespace dense {
+struct Vectors : bitmap::Vectors {  // every weight is kept, and no bitmap is read
+  static uint32_t bits(const uint8_t*) { return 255; }
+  static int count(uint32_t) { return STEP; }
+  using bitmap::Vectors::expand;
+  static Expanded expand(const bfloat16* values, uint32_t) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+  }
+};
+#include "rows.h"
+}  // namespace dense
+}  // namespace
+}  // namespace sparse
+
+extern "C" void dense_linear(const sparse::Arguments* a) { sparse::dense::multiply<sparse::bfloat16>(*a); }

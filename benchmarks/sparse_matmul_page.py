@@ -1,0 +1,97 @@
+"""The page of sparse products, from every machine's figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_HEAD = """# Sparse products: time and error
+
+`y = x · Wᵀ` for N rows of x and a weight with zeros anywhere. `torch bf16` and `torch float32` are `F.linear`; `dense counterpart` is the
+loop of our own kernel over a dense bf16 weight, `packed` is `kernels/sparse_matmul`. Providers take turns in one process; weights that fit a
+cache go round in copies. Milliseconds are medians of the wall with 20th and 80th percentile; ratios are of the process's CPU time, since others
+may use the machine. The error is the largest one over the largest result, against float64. Byte limits: at 50 / 70 / 90% zeros a bitmap weight
+in bf16 has 0.56 / 0.36 / 0.16 of the dense bytes (1.78 / 2.76 / 6.15 times as fast where bytes are all that counts), in float32 0.53 / 0.33 /
+0.13. Figures with a load average above the number of threads are of a machine that others used: orders of magnitude, no more.
+
+Written by `python benchmarks/sparse_matmul.py`.
+"""
+_NO_GPU = """
+## GPU
+
+Not measured. `bash benchmarks/gpu.sh` measures it: the matrices of an 8B Llama in bf16 at 50, 70, 80 and 90% zeros and N = 1 to 64 beside
+cuBLAS and a kernel of indices (Tiled-CSL), and 2:4 through torch's semi-structured tensors at decoding and prefill shapes.
+"""
+_CHOICES = {
+    "dense": "dense, masked",
+    "packed": "packed everywhere (`MINITRON_SPARSE_MATMUL=packed`)",
+    "auto": "as measured (`auto`)",
+}
+
+
+def _products(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        cost = row["cpu_seconds"]
+        base = min(cost[name] for name in ("torch bf16", "torch float32", "dense counterpart bf16") if name in cost)
+        lines.append(f"\n**{row['rows']} × {row['cols']}, {row['zeros']}% zeros, N = {row['num']}**\n")
+        lines.append("| | ms | CPU ms | × faster than torch bf16 | than the best dense | error |\n| --- | ---: | ---: | ---: | ---: | ---: |")
+        for name, value in row["seconds"].items():
+            low, middle, high = (1e3 * value[key] for key in ("p20", "median", "p80"))
+            ratios = f"{cost['torch bf16'] / cost[name]:.2f} | {base / cost[name]:.2f}"
+            lines.append(f"| {name} | {middle:.3g} ({low:.3g}–{high:.3g}) | {1e3 * cost[name]:.3g} | {ratios} | {row['errors'][name]:.0e} |")
+    return "\n".join(lines) + "\n"
+
+
+def _decoding(rows: list[dict[str, Any]]) -> str:
+    lines = ["\n| zeros | dtype | | tokens/s | CPU ms a token | × dense | byte limit | layers packed | same tokens | error of logits |"]
+    lines.append("| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |")
+    for row in rows:
+        speed, sizes = row["tokens_per_second"], row["bytes_per_token"]
+        for name, text in _CHOICES.items():
+            low, high = row["spread"][name]
+            cost, limit = row["cpu_seconds_per_token"], sizes["dense"] / sizes[name]
+            same, error = "yes" if row["same_tokens"][name] else "no", row["logit_errors"][name]
+            kind = f"| {row['zeros']} | {row['dtype'].removeprefix('torch.')} | {text} "
+            left = kind + f"| {speed[name]:.1f} ({low:.1f}–{high:.1f}) | {1e3 * cost[name]:.1f} "
+            lines.append(left + f"| {cost['dense'] / cost[name]:.2f} | {limit:.2f} | {row['packed_layers'][name]} | {same} | {error:.1e} |")
+    text = """
+SmolLM2-135M, the linear layers of its blocks masked by magnitude, greedy decoding. The head (a fifth of the weights) and the embedding stay
+dense, which the byte limit counts. Errors of logits are relative, against float64 with the same masks."""
+    return text + "\n" + "\n".join(lines) + "\n"
+
+
+def _gpu(rows: list[dict[str, Any]]) -> str:
+    lines = ["\n| rows × cols | zeros | N | | µs | × cuBLAS | of the byte limit | error |", "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |"]
+    for row in rows:
+        for name, seconds in row["seconds"].items():
+            ratio, limit = row["seconds"]["cuBLAS bf16"] / seconds, row["limits"].get(name)
+            share = f"{ratio / limit:.0%}" if limit else ""
+            left = f"| {row['rows']} × {row['cols']} | {row['zeros']} | {row['num']} | {name} | {1e6 * seconds:.1f} "
+            lines.append(left + f"| {ratio:.2f} | {share} | {row['errors'][name]:.0e} |")
+    return "\n".join(lines) + "\n"
+
+
+_SECTIONS = {
+    "square": ("8192 × 8192", _products),
+    "shapes": ("Matrices of SmolLM2-135M and of an 8B Llama", _products),
+    "decode": ("Decoding", _decoding),
+    "gpu": ("Products", _gpu),
+}
+
+
+def write(folder: Path) -> None:
+    """Write ``sparse_matmul.md`` into the folder, of all machines' ``sparse_matmul.json`` in it."""
+    text, seen_gpu = _HEAD, False
+    for file in sorted(folder.glob("*/sparse_matmul.json")):
+        document = json.loads(file.read_text())
+        text += f"\n## {file.parent.name}\n"
+        for name, (title, table) in _SECTIONS.items():
+            if name not in document:
+                continue
+            part, seen_gpu = document[name], seen_gpu or name == "gpu"
+            loads = ", ".join(f"{load:.1f}" for load in part["load_average"])
+            text += f"\n### {title}\n\n{part['device']}; torch {part['torch']}; load average before and after: {loads}. `{part['command']}`\n"
+            text += table(part["rows"])
+    (folder / "sparse_matmul.md").write_text(text + ("" if seen_gpu else _NO_GPU), encoding="utf-8")

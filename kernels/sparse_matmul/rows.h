@@ -1,0 +1,239 @@
+// Rows of the product, for one set of instructions: included once for each, after its Vectors, inside its namespace.
+//
+// A thread takes ROWS rows at a time, over blocks of columns whose x stays in the first-level cache. A weight is expanded once for all rows of
+// x: into registers for up to four of them, else into a buffer in that cache, from which a dense product takes it. Two or four rows of the
+// weight go side by side, so that sums do not wait for each other and x is loaded once.
+
+constexpr int ROWS = 16;                 // whose sums and places in the values are kept between blocks
+constexpr int MOST = 16;                 // rows of x that share an expansion
+constexpr int BESIDE = 4;                // rows of the weight that are multiplied side by side when they stand expanded in memory
+constexpr int PADDING = 64;              // columns of x beyond the last, and values beyond the last, that may be read
+constexpr int64_t CACHED_FLOATS = 4096;  // of x in a block of columns: half of the first-level cache, which tables and values share
+constexpr int64_t SHORT_ROW = 4096;      // bytes of values
+
+template <class T>
+struct Walk {
+  const T* values;
+  const uint8_t* bits;
+};
+
+// R rows of the weight, N rows of x, ``steps`` expansions. x [N, stride] stands at the block's first column.
+template <class T, int R, int N>
+static inline __attribute__((always_inline)) void tile(Walk<T>* walks, const float* x, int64_t stride, int64_t steps, Vectors::Floats* sums) {
+  Vectors::Floats sum[R][N];
+  const T* values[R];
+  const uint8_t* bits[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    values[r] = walks[r].values;
+    bits[r] = walks[r].bits;
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sum[r][n] = sums[r * N + n];
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    Vectors::Expanded weight[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const uint32_t kept = Vectors::bits(bits[r] + s * (Vectors::STEP / 8));
+      weight[r] = Vectors::expand(values[r], kept);
+      values[r] += Vectors::count(kept);
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+#pragma GCC unroll 2
+      for (int p = 0; p < Vectors::PARTS; ++p) {
+        Vectors::Floats input = Vectors::load(x + n * stride + s * Vectors::STEP + p * (Vectors::STEP / Vectors::PARTS));
+        if (R > 1) Vectors::hold(input);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sum[r][n] = Vectors::fma(weight[r].part[p], input, sum[r][n]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    walks[r].values = values[r];
+    walks[r].bits = bits[r] + steps * (Vectors::STEP / 8);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sums[r * N + n] = sum[r][n];
+  }
+}
+
+// Rows that go side by side for N rows of x: as many as leave registers for the weights.
+constexpr int rows_beside(int n) { return n == 1 || Vectors::PARTS == 2 ? 4 : 2; }
+
+// R rows of the weight, expanded into memory, [R, steps · STEP].
+template <class T, int R>
+static inline __attribute__((always_inline)) void expand_tile(Walk<T>* walks, int64_t steps, float* to) {
+  constexpr int LANES = Vectors::STEP / Vectors::PARTS;
+  for (int r = 0; r < R; ++r) {
+    const T* values = walks[r].values;
+    const uint8_t* const bits = walks[r].bits;
+    for (int64_t s = 0; s < steps; ++s) {
+      const uint32_t kept = Vectors::bits(bits + s * (Vectors::STEP / 8));
+      const Vectors::Expanded weight = Vectors::expand(values, kept);
+      values += Vectors::count(kept);
+      for (int p = 0; p < Vectors::PARTS; ++p) Vectors::store(to + (r * steps + s) * Vectors::STEP + p * LANES, weight.part[p]);
+    }
+    walks[r] = {values, bits + steps * (Vectors::STEP / 8)};
+  }
+}
+
+// R expanded rows times N rows of x; the sums of row r stand ``apart`` from those of the next.
+template <int R, int N>
+static inline __attribute__((always_inline)) void dense_tile(const float* weight, const float* x, int64_t stride, int64_t length,
+                                                             Vectors::Floats* sums, int apart) {
+  constexpr int LANES = Vectors::STEP / Vectors::PARTS;
+  Vectors::Floats sum[R][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sum[r][n] = sums[r * apart + n];
+  for (int64_t c = 0; c < length; c += LANES) {
+    Vectors::Floats input[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      input[n] = Vectors::load(x + n * stride + c);
+      Vectors::hold(input[n]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      Vectors::Floats one = Vectors::load(weight + r * length + c);
+      Vectors::hold(one);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sum[r][n] = Vectors::fma(one, input[n], sum[r][n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sums[r * apart + n] = sum[r][n];
+}
+
+// Short rows end before the processor has seen which way they go: the bytes of the rows after these are asked for while these are multiplied.
+// On long rows it sees by itself, and asking costs a tenth.
+struct Ahead {
+  int64_t values, bits;  // bytes of a row, on average; 0: nothing is asked for
+};
+template <class T>
+static inline __attribute__((always_inline)) void ask(const Walk<T>& walk, const Ahead& ahead, int rows) {
+  const char* const values = reinterpret_cast<const char*>(walk.values) + ahead.values * rows;
+  const char* const bits = reinterpret_cast<const char*>(walk.bits) + ahead.bits * rows;
+  for (int64_t i = 0; i < ahead.values * rows; i += 64) __builtin_prefetch(values + i);
+  for (int64_t i = 0; i < ahead.bits * rows; i += 64) __builtin_prefetch(bits + i);
+}
+
+// A block of columns for ``count`` rows of the weight and all rows of x, weights expanded in registers (N) or in memory (N = 0).
+template <class T, int N>
+static void block_of(Walk<T>* walks, int count, const float* x, int64_t stride, int64_t steps, int num, const Ahead& ahead, float* room,
+                     Vectors::Floats* sums) {
+  int r = 0;
+  if constexpr (N > 0) {
+    constexpr int R = rows_beside(N);
+    for (; r + R <= count; r += R) {
+      ask(walks[r], ahead, R);
+      tile<T, R, N>(walks + r, x, stride, steps, sums + r * N);
+    }
+    for (; r < count; ++r) tile<T, 1, N>(walks + r, x, stride, steps, sums + r * N);
+  } else {
+    const int64_t length = steps * Vectors::STEP;
+    for (; r + BESIDE <= count; r += BESIDE) {
+      ask(walks[r], ahead, BESIDE);
+      expand_tile<T, BESIDE>(walks + r, steps, room);
+      int n = 0;
+      for (; n + 3 <= num; n += 3) dense_tile<BESIDE, 3>(room, x + n * stride, stride, length, sums + r * num + n, num);
+      for (; n < num; ++n) dense_tile<BESIDE, 1>(room, x + n * stride, stride, length, sums + r * num + n, num);
+    }
+    for (; r < count; ++r) {
+      expand_tile<T, 1>(walks + r, steps, room);
+      for (int n = 0; n < num; ++n) dense_tile<1, 1>(room, x + n * stride, stride, length, sums + r * num + n, num);
+    }
+  }
+}
+
+// Up to ROWS rows of the weight from ``first`` on, times ``num`` rows of x from ``from`` on; N is num where it is small, else 0.
+template <class T, int N>
+static void rows_of(const Arguments& a, const float* x, int64_t stride, int64_t first, int count, int64_t from, int num) {
+  constexpr int BYTES = Vectors::STEP / 8;
+  const int64_t row_bytes = (a.cols + 7) / 8, whole = row_bytes / BYTES;
+  const T* const values = static_cast<const T*>(a.values);
+  Walk<T> walks[ROWS];
+  Vectors::Floats sums[ROWS * (N > 0 ? N : MOST)];
+  alignas(64) float room[N > 0 ? 1 : CACHED_FLOATS];
+  std::vector<T> copies;  // of the last rows, whose expansions would read beyond the values
+  for (int r = 0; r < count; ++r) walks[r] = {values + a.row_starts[first + r], a.bitmap + (first + r) * row_bytes};
+  for (int k = 0; k < count * num; ++k) sums[k] = Vectors::zero();
+  const int64_t begin = a.row_starts[first], end = a.row_starts[first + count];
+  if (end + PADDING > a.row_starts[a.rows]) {
+    copies.resize(end - begin + PADDING);
+    if (end > begin) memcpy(copies.data(), values + begin, (end - begin) * sizeof(T));
+    for (int r = 0; r < count; ++r) walks[r].values = copies.data() + (a.row_starts[first + r] - begin);
+  }
+
+  const int64_t block = CACHED_FLOATS / (N > 0 ? N : num + BESIDE) / Vectors::STEP;
+  const int64_t row = (end - begin) * int64_t(sizeof(T)) / count;
+  const Ahead ahead = whole <= block && row <= SHORT_ROW ? Ahead{row, row_bytes} : Ahead{0, 0};
+  for (int64_t done = 0; done < whole; done += block) {
+    const int64_t steps = whole - done < block ? whole - done : block;
+    block_of<T, N>(walks, count, x + from * stride + done * Vectors::STEP, stride, steps, num, ahead, room, sums);
+  }
+  if (whole * BYTES < row_bytes) {
+    for (int r = 0; r < count; ++r) {
+      uint8_t last[BYTES] = {};
+      memcpy(last, walks[r].bits, row_bytes - whole * BYTES);
+      walks[r].bits = last;
+      block_of<T, N>(walks + r, 1, x + from * stride + whole * Vectors::STEP, stride, 1, num, Ahead{0, 0}, room, sums + r * num);
+    }
+  }
+
+  for (int r = 0; r < count; ++r) {
+    const float bias = a.bias == nullptr ? 0.0f : widened(static_cast<const T*>(a.bias)[first + r]);
+    for (int n = 0; n < num; ++n) narrow(Vectors::sum(sums[r * num + n]) + bias, static_cast<T*>(a.y) + (from + n) * a.rows + first + r);
+  }
+}
+
+template <class T>
+static void group(const Arguments& a, const float* x, int64_t stride, int64_t first, int count) {
+  using Rows = void (*)(const Arguments&, const float*, int64_t, int64_t, int, int64_t, int);
+  static constexpr Rows of[] = {rows_of<T, 0>, rows_of<T, 1>, rows_of<T, 2>, rows_of<T, 3>, rows_of<T, 4>};
+  const int64_t passes = (a.num + MOST - 1) / MOST;
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    const int64_t from = a.num * pass / passes, num = a.num * (pass + 1) / passes - from;
+    of[num <= 4 ? num : 0](a, x, stride, first, count, from, int(num));
+  }
+}
+
+// x as floats in the order in which weights come out of their expansion, [num, stride], 0 beyond the columns.
+template <class T>
+static void arrange(const Arguments& a, float* to, int64_t stride) {
+  for (int64_t n = 0; n < a.num; ++n) {
+    const T* const from = static_cast<const T*>(a.x) + n * a.x_stride;
+    float* const row = to + n * stride;
+    for (int64_t start = 0; start < stride; start += Vectors::STEP)
+      for (int c = 0; c < Vectors::STEP; ++c) row[start + Vectors::place<T>(c)] = start + c < a.cols ? widened(from[start + c]) : 0.0f;
+  }
+}
+
+template <class T>
+static void multiply(const Arguments& a) {
+  static thread_local std::vector<float> scratch;
+  const int64_t stride = (a.cols + PADDING - 1) / PADDING * PADDING, groups = (a.rows + ROWS - 1) / ROWS;
+  scratch.resize(a.num * stride);
+  const float* const x = scratch.data();
+  arrange<T>(a, scratch.data(), stride);
+  const bool small = a.row_starts[a.rows] * a.num < ALONE;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(small ? 1 : a.num_threads)
+  for (int64_t g = 0; g < groups; ++g) group<T>(a, x, stride, g * ROWS, g * ROWS + ROWS <= a.rows ? ROWS : int(a.rows - g * ROWS));
+}
+
+static bool multiply(const Arguments& a) {
+  if (a.type == FLOAT32) {
+    multiply<float>(a);
+  } else if (a.type == BFLOAT16) {
+    multiply<bfloat16>(a);
+  } else if (a.type == FLOAT16) {
+    multiply<float16>(a);
+  } else {
+    return false;
+  }
+  return true;
+}

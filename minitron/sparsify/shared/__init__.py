@@ -1,0 +1,1 @@
+"""What the methods share: their form, the choice by scores, statistics of inputs, running block by block."""
