@@ -23,7 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 SHAPE = {"layers": 8, "hidden": 384, "ffn": 1536, "heads": 6, "kv_heads": 2}
 RECIPES = {
-    "width, five candidates ranked": ["recipe=full", "target.ratio=0.6", "search.axes=[hidden,ffn]", "search.num_candidates=5"],
+    "width, five candidates ranked": [
+        "recipe=full",
+        "target.ratio=0.6",
+        "target.tolerance=0.15",
+        "search.axes=[hidden,ffn]",
+        "search.num_candidates=5",
+    ],
     "depth, one shape": ["recipe=depth_only", "target=explicit", "target.num_layers=5"],
     "width, cached teacher": ["recipe=cached", "target=explicit", "target.ffn_size=768"],
 }
@@ -33,7 +39,7 @@ STAGES = ("importance", "rank", "cache", "distill", "evaluate")
 def words(place: Path, run_dir: Path, recipe: str, scale: float) -> list[str]:
     """The command line of a recipe."""
     steps = max(int(30 * scale), 4)
-    data = ["data=python_docs", "data.sequence_length=128", f"teacher.path={place / 'teacher'}", "teacher.dtype=float32", "search.divisor=64"]
+    data = ["data=python_docs", "data.sequence_length=128", f"teacher.path={place / 'teacher'}", "teacher.dtype=float32", "search.divisor=96"]
     train = [f"training.num_steps={steps}", "training.batch_size=8", "training.micro_batch_size=4", "training.precision=float32"]
     rest = [
         f"ranking.num_steps={max(steps // 2, 4)}",
@@ -154,10 +160,9 @@ def main() -> None:
     text = f"""# The plan beside what happened
 
 `python benchmarks/plan.py --scale {arguments.scale:g}` ({machine}): `minitron plan` for a recipe, then the recipe itself.
-Each cell is planned / real. Real FLOPs are those of torch's counter, which counts attention's whole square where it is causal (the plan: half), and
-gradients that nobody asks for are in neither. Memory is the most that distilling holds / the growth of the whole process, whose
-allocator keeps more than tensors. Seconds are those of the stages' manifests; the plan times a matrix product on the spot, and is as
-steady as the machine.
+Each cell is planned / real. Real FLOPs are those of torch's counter, which counts attention's whole square where it is causal (the plan: half).
+Memory is the most that distilling holds / the growth of the whole process: its allocator keeps more than tensors, and a ranking holds several
+candidates. Seconds are those of the stages' manifests; the plan times a matrix product on the spot, and is as steady as the machine.
 
 | recipe | stage | tokens | FLOPs | time | memory |
 | --- | --- | --- | --- | --- | --- |

@@ -30,7 +30,8 @@ if ((${NNODES:-1} > 1)); then
     rendezvous=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
         --rdzv-conf "timeout=${RENDEZVOUS_TIMEOUT:-600}")
 else
-    rendezvous=(--standalone)
+    # The address: without it torchrun asks for its own host's name, and waits for minutes in a container whose name leads nowhere.
+    rendezvous=(--standalone --local-addr 127.0.0.1)
 fi
 
 run_launcher "$python" torchrun "${rendezvous[@]}" --nproc-per-node "$NUM_PROCESSES" --max-restarts "${MAX_RESTARTS:-0}" "$MINITRON_LAUNCH/run.py" "$@"

@@ -14,8 +14,10 @@ from minitron.config import Config
 from minitron.core.architecture import Architecture
 from minitron.core.cost import Device, decode_seconds, device, scoring_flops, training_flops
 from minitron.engine import resolve_dtype
+from minitron.errors import ArchitectureError
 from minitron.footprint import Footprint, Planner, further_shapes
 from minitron.models import config_of, discover, resolve_teacher
+from minitron.models.family import resized_config
 from minitron.scaling import Scaling, scaling_story
 from minitron.search import explicit_shape, find_shapes
 from minitron.search.ranking import planned_cost
@@ -93,10 +95,7 @@ class Estimate:
 
 def teacher_shape(config: Config) -> Architecture:
     """The teacher's shape, from its config alone when the section holds one."""
-    teacher = config.sections["teacher"]
-    stands_here = bool(teacher.path) and Path(teacher.path).expanduser().is_dir()
-    folder = resolve_teacher(teacher, only_config=True) if stands_here or not teacher.config else None
-    return discover(config_of(folder, teacher)).architecture
+    return discover(config_of(_teacher_folder(config), config.sections["teacher"])).architecture
 
 
 def student_shape(config: Config, teacher: Architecture) -> tuple[Architecture, int]:
@@ -109,7 +108,24 @@ def student_shape(config: Config, teacher: Architecture) -> tuple[Architecture, 
     if target.name == "explicit":
         return explicit_shape(target, teacher), 1
     found = find_shapes(search, target, teacher, workload=target.workload(config.sections["data"].sequence_length))
-    return found.grid.shape(0), min(len(found), search.num_candidates)
+    model_config = config_of(_teacher_folder(config), config.sections["teacher"])
+    family = discover(model_config)
+
+    def allowed(shape: Architecture) -> bool:
+        try:
+            return resized_config(model_config, family, shape) is not None
+        except ArchitectureError:  # sizes that the family's config class refuses, as search finds out too
+            return False
+
+    shapes = found.diverse(search.num_candidates, allowed=allowed) or [found.grid.shape(0)]
+    return shapes[0], len(shapes)
+
+
+def _teacher_folder(config: Config) -> Path | None:
+    """Where the teacher's config lies; None where the section holds it."""
+    teacher = config.sections["teacher"]
+    stands_here = bool(teacher.path) and Path(teacher.path).expanduser().is_dir()
+    return resolve_teacher(teacher, only_config=True) if stands_here or not teacher.config else None
 
 
 def estimate(config: Config, *, device_name: str | None = None, num_devices: int | None = None, measure: bool = False) -> Estimate:
@@ -167,9 +183,10 @@ def stage_cost(stage: str, config: Config, teacher: Architecture, student: Archi
         tokens = float(sections["sparsify"].num_samples * length)
         return tokens, 2.0 * scoring_flops(student if "prune" in config.recipe.stages else teacher, num_tokens=tokens, sequence_length=length)
     if stage == "cache" and (training.num_steps or training.num_tokens):
-        phases = training.phase_table(length)
-        head = sections["cache"].signal != "hidden_states"
-        return float(training.tokens(length)), sum(p.num_tokens * teacher.flops_per_token(p.sequence_length, head=head) for p in phases)
+        head, held_out = sections["cache"].signal != "hidden_states", float(training.num_validation_sequences * length)
+        flops = held_out * teacher.flops_per_token(length, head=head)
+        flops += sum(p.num_tokens * teacher.flops_per_token(p.sequence_length, head=head) for p in training.phase_table(length))
+        return training.tokens(length) + held_out, flops
     if stage == "correct":
         settings = sections["correct"].training(training)
         tokens = float(settings.tokens(length)) if settings.num_steps or settings.num_tokens else 0.0
@@ -185,8 +202,10 @@ def stage_cost(stage: str, config: Config, teacher: Architecture, student: Archi
         cost = planned_cost(sections["ranking"], training, [student] * num_candidates, teacher, sequence_length=length)
         return cost["tokens"], cost["shared"]
     if stage == "evaluate":
-        tokens = float(sections["evaluate"].num_sequences * length)
-        return 3 * tokens, tokens * (teacher.flops_per_token(length) + 2 * student.flops_per_token(length))
+        tokens, speed = float(sections["evaluate"].num_sequences * length), sections["evaluate"].speed
+        timed = float(sum(speed.batch_sizes) * (min(speed.prompt_tokens, length) + speed.new_tokens) * (speed.num_rounds + 1))
+        each = [shape.flops_per_token(length) for shape in (teacher, student)]
+        return 3 * tokens, tokens * (each[0] + 2 * each[1]) + timed * sum(each)
     return 0.0, 0.0
 
 

@@ -69,7 +69,10 @@ inside python -c 'import os; from minitron.ops.build import load; found = load("
 code=0
 inside env NPROC_PER_NODE=2 bash /opt/minitron/launch/torchrun.sh distill engine=fsdp data=python_docs training.num_steps=1 teacher.path=/nowhere \
     2>"$scratch/said" || code=$?
-[[ "$code" == 2 ]] && grep -qx 'minitron: teacher.path=/nowhere does not exist' "$scratch/said"
+if [[ "$code" != 2 ]] || ! grep -qx 'minitron: teacher.path=/nowhere does not exist' "$scratch/said"; then
+    echo "torchrun.sh left with $code: $(cat "$scratch/said")" >&2
+    exit 1
+fi
 buildah inspect --type image --format '{{.OCIv1.Config.User}} {{.OCIv1.Config.Entrypoint}}' localhost/minitron
 du -sh "$scratch/graph"
 echo "the image is sound"
