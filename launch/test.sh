@@ -12,4 +12,6 @@ cd "$MINITRON_ROOT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # The console script, not `python -m pytest`, which would put the root, and so the folder `kernels`, on the import path.
 if (($# == 0)); then set -- tests; fi
-run_script pytest "$MINITRON_VENV/bin/python" "$@"
+# One worker a core, a file as a whole to one of them; MINITRON_TEST_WORKERS=0 runs all in one process, for a debugger.
+workers="${MINITRON_TEST_WORKERS:-$("$MINITRON_VENV/bin/python" -c 'import os; print(min(8, os.cpu_count() or 1))')}"
+run_script pytest "$MINITRON_VENV/bin/python" -n "$workers" --dist loadfile "$@"

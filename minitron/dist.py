@@ -81,6 +81,8 @@ def init(timeout_seconds: float = 1800.0) -> None:
     backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
     try:
         _join(backend, datetime.timedelta(seconds=timeout_seconds))
+        # Whoever is here first must not leave, with an error of its own, before the others have what they need of its store.
+        torch.distributed.all_reduce(torch.zeros(1))
     except (torch.distributed.DistError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise LaunchError(f"rank {rank()} of {world_size()} cannot join the process group at {address}: {error}") from error
