@@ -419,7 +419,7 @@ def _damaged(tmp_path: Path, name: str, content: bytes) -> DataConfig:
         ("a.json", b'[{"text": "x"},\n {"tixt": "y"}]', "a.json, row 2, has no column 'text'"),
         ("a.json", b'[{"text": "x"},\n {', "a.json, line 2, is not JSON"),
         ("a.txt.gz", b"no gzip", "a.txt.gz cannot be read, it is damaged or cut short"),
-        ("a.txt.gz", gzip.compress(b"x" * 100000)[:50], "a.txt.gz cannot be read, it is damaged or cut short"),
+        ("a.txt.gz", gzip.compress(b"x" * 100000, mtime=0)[:50], "a.txt.gz cannot be read, it is damaged or cut short"),
         ("a.txt.xz", b"no xz", "a.txt.xz cannot be read, it is damaged or cut short"),
         ("a.txt", b"\xff\xfe\x00x", "a.txt is not UTF-8 text"),
         ("a.png", b"x", "a.png has a suffix that is not read as text: accepted are .txt"),
