@@ -1,6 +1,6 @@
 """Width and block-influence scoring of SmolLM2-135M on real text: its cost beside a bare forward, and what its rankings are worth.
 
-    python benchmarks/importance.py --data FOLDER [--sequences 8 --length 256 --batch 4 --pairs 7] [--out docs/benchmarks]
+    python benchmarks/importance.py --data FOLDER [--sequences 8 --length 256 --batch 4 --pairs 15] [--out docs/benchmarks]
     python benchmarks/importance.py --data FOLDER --table [--calibration 64 --gradient-samples 16 --held-out 8 --length 256] [--out docs/benchmarks]
 
 FOLDER holds ``*.train.jsonl*`` and ``*.validation.jsonl*`` with a key ``text``; without ``--data`` the variable MINITRON_CLAIMS_TEXT names it.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -133,12 +134,16 @@ def peak_of(options: argparse.Namespace) -> dict[str, int]:
 
 
 def memory() -> dict[str, Any]:
-    """Peaks of both ways in processes of their own, three of each: the allocator's chance is the spread."""
+    """Peaks of both ways in processes of their own, three of each. Every tensor is a mapping of its own, which goes when it is freed: what the
+    allocator would keep of blocks of many sizes (some 50 MB, a different number each time) is not what scoring needs."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     found: dict[str, list[int]] = {"bare": [], "scored": []}
     accumulators = 0
     for _ in range(3):
         for name in found:
-            done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--peak-of", name], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:], "--peak-of", name], capture_output=True, text=True, check=True, env=environment
+            )
             row = json.loads(done.stdout.splitlines()[-1])
             found[name].append(row["peak"])
             accumulators = max(accumulators, row["accumulators"])
@@ -173,7 +178,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--calibration", type=int, default=64)
     parser.add_argument("--gradient-samples", type=int, default=16)

@@ -91,6 +91,7 @@ run_job() {
         fi
         echo "slurm: $folder is not complete; job $job goes back into the queue"
         scontrol requeue "$job"
+        sleep 30 # Slurm ends this script in a moment; one that leaves first may be taken for the job's end
     fi
     return "$code"
 }
