@@ -10,8 +10,8 @@ _HEAD = """# Sparse products: time and error
 
 `y = x · Wᵀ` for N rows of x and a weight with zeros anywhere. `torch bf16` and `torch float32` are `F.linear`; `dense counterpart` is the
 loop of our own kernel over a dense bf16 weight, `packed` is `kernels/sparse_matmul`. Providers take turns in one process; weights that fit a
-cache go round in copies. Milliseconds are medians of the wall with 20th and 80th percentile; ratios are of the process's CPU time, since others
-may use the machine. The error is the largest one over the largest result, against float64. Byte limits: at 50 / 70 / 90% zeros a bitmap weight
+cache go round in copies. Milliseconds are medians of the wall; ratios are of the wall, in brackets of the process's CPU time, which others that
+use the machine disturb less. The error is the largest one over the largest result, against float64. Byte limits: at 50 / 70 / 90% zeros a bitmap weight
 in bf16 has 0.56 / 0.36 / 0.16 of the dense bytes (1.78 / 2.76 / 6.15 times as fast where bytes are all that counts), in float32 0.53 / 0.33 /
 0.13. Figures with a load average above the number of threads are of a machine that others used: orders of magnitude, no more.
 
@@ -23,6 +23,14 @@ _NO_GPU = """
 Not measured. `bash benchmarks/gpu.sh` measures it: the matrices of an 8B Llama in bf16 at 50, 70, 80 and 90% zeros and N = 1 to 64 beside
 cuBLAS and a kernel of indices (Tiled-CSL), and 2:4 through torch's semi-structured tensors at decoding and prefill shapes.
 """
+_WAYS = ("torch bf16", "torch float32", "torch CSR float32", "dense counterpart bf16", "packed bf16", "packed float32")
+#: Title, the products that are divided (the quickest of them), the one that divides.
+_RATIOS = [
+    ("torch bf16 / packed bf16", ("torch bf16",), "packed bf16"),
+    ("quickest dense / packed bf16", ("torch bf16", "torch float32", "dense counterpart bf16"), "packed bf16"),
+    ("torch float32 / packed float32", ("torch float32",), "packed float32"),
+    ("CSR / packed float32", ("torch CSR float32",), "packed float32"),
+]
 _CHOICES = {
     "dense": "dense, masked",
     "packed": "packed everywhere (`MINITRON_SPARSE_MATMUL=packed`)",
@@ -31,17 +39,26 @@ _CHOICES = {
 
 
 def _products(rows: list[dict[str, Any]]) -> str:
-    lines = []
+    ways = [name for name in _WAYS if any(name in row["seconds"] for row in rows)]
+    ratios = [pair for pair in _RATIOS if set(pair[1]) & set(ways)]
+    lines = ["", "| " + " | ".join(["rows × cols", "zeros", "N", *(f"{name}, ms" for name in ways), *(name for name, *_ in ratios)])]
+    lines[1] += " | error bf16 | float32 |"
+    lines.append("| --- |" + " ---: |" * (4 + len(ways) + len(ratios)))
     for row in rows:
-        cost = row["cpu_seconds"]
-        base = min(cost[name] for name in ("torch bf16", "torch float32", "dense counterpart bf16") if name in cost)
-        lines.append(f"\n**{row['rows']} × {row['cols']}, {row['zeros']}% zeros, N = {row['num']}**\n")
-        lines.append("| | ms | CPU ms | × faster than torch bf16 | than the best dense | error |\n| --- | ---: | ---: | ---: | ---: | ---: |")
-        for name, value in row["seconds"].items():
-            low, middle, high = (1e3 * value[key] for key in ("p20", "median", "p80"))
-            ratios = f"{cost['torch bf16'] / cost[name]:.2f} | {base / cost[name]:.2f}"
-            lines.append(f"| {name} | {middle:.3g} ({low:.3g}–{high:.3g}) | {1e3 * cost[name]:.3g} | {ratios} | {row['errors'][name]:.0e} |")
+        taken = {name: value["median"] for name, value in row["seconds"].items()}
+        told = [f"{1e3 * taken[name]:.3g}" if name in taken else "" for name in ways]
+        told += [_ratio(taken, row["cpu_seconds"], over, way) for _, over, way in ratios]
+        told += [f"{row['errors'][name]:.0e}" for name in ("packed bf16", "packed float32")]
+        lines.append(f"| {row['rows']} × {row['cols']} | {row['zeros']}% | {row['num']} | " + " | ".join(told) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _ratio(taken: dict[str, float], cost: dict[str, float], over: tuple[str, ...], way: str) -> str:
+    """How many times longer the quickest of ``over`` takes, by the wall (by processor time)."""
+    here = [name for name in over if name in taken]
+    if not here:
+        return ""
+    return f"{min(taken[name] for name in here) / taken[way]:.2f} ({min(cost[name] for name in here) / cost[way]:.2f})"
 
 
 def _decoding(rows: list[dict[str, Any]]) -> str:

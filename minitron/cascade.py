@@ -16,6 +16,7 @@ from minitron.core.architecture import Architecture
 from minitron.core.manifest import Manifest, write_text
 from minitron.errors import ConfigError, MinitronError
 from minitron.estimate import student_shape, teacher_shape
+from minitron.finished import CASCADE_FILE
 from minitron.log import get_logger
 from minitron.models import config_of, discover
 from minitron.pipeline import run_stages
@@ -26,8 +27,6 @@ logger = get_logger(__name__)
 
 #: Stages that work on what a size is cut from; all others on what it is distilled from.
 _CUTTING = ("importance", "search", "rank", "prune")
-#: The account beside the sizes' folders.
-FILE = "cascade.json"
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def plan_cascade(config: Config, *, device_name: str | None = None) -> CascadeCo
 
 
 def run_cascade(config: Config, *, command: str, experiment: str | None = None, device_name: str | None = None) -> CascadeCosts:
-    """Make every size, the largest first; what is complete is passed over, as in any run. Writes ``cascade.json`` after each.
+    """Make every size, the largest first; what is complete is passed over, as in any run. Writes ``cascade.json`` before the first and after each.
 
     Raises:
         MinitronError: bad input, in one sentence.
@@ -83,7 +82,9 @@ def run_cascade(config: Config, *, command: str, experiment: str | None = None, 
     """
     section: CascadeConfig = config.sections["cascade"]
     costs = plan_cascade(config, device_name=device_name)
-    first = Path(config.run_dir).expanduser() / section.names[0]
+    folder = Path(config.run_dir).expanduser()
+    first = folder / section.names[0]
+    _write(costs, folder)
     previous: Source | None = None
     for number, name in enumerate(section.names):
         original = Source("original", _corrected(first) if number else None, costs.original)
@@ -103,9 +104,15 @@ def run_cascade(config: Config, *, command: str, experiment: str | None = None, 
         previous = Source(name, student, shape)
         member = _member(made, name, shape, cut, guide, stages, costs.members[number].num_candidates)
         costs.members[number] = dataclasses.replace(member, measured=measured(Path(made.run_dir)))
-        if dist.is_main():
-            write_text(first.parent / FILE, json.dumps(costs.to_dict(), indent=1))
+        _write(costs, folder)
     return costs
+
+
+def _write(costs: CascadeCosts, folder: Path) -> None:
+    """The account so far, beside the sizes' folders."""
+    if dist.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / CASCADE_FILE, json.dumps(costs.to_dict(), indent=1))
 
 
 def _run(config: Config, stages: list[str], command: str, experiment: str | None) -> None:

@@ -86,7 +86,7 @@ def _dispatch(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.finished:
         from minitron.finished import finished
 
-        stage = arguments.command if arguments.command != "compress" else None
+        stage = arguments.command if arguments.command not in ("compress", "cascade") else None  # the others are stages
         return 0 if finished(Path(arguments.finished).expanduser(), stage) else 3
     unknown = [word for word in overrides if word.startswith("--")]
     if unknown:

@@ -7,17 +7,24 @@ from pathlib import Path
 
 #: In a run folder: what was started there.
 RUN_FILE = "run.json"
+#: In the folder of a cascade: its sizes, each with what was measured once it is complete.
+CASCADE_FILE = "cascade.json"
 #: In the folder of a stage at work: its manifest so far.
 BEGUN = ".begun.json"
 
 
 def finished(folder: Path, stage: str | None = None) -> bool:
-    """Whether every stage that a run was started for is complete, or one stage of it. ``folder`` may also be a stage's own.
+    """Whether every stage that a run was started for is complete, or one stage of it. ``folder`` may also be a stage's own,
+    or a cascade's: then every size of it.
 
     A folder that stands from before does not count while its stage is at work again.
     """
     if (folder / "manifest.json").is_file():
         return True
+    cascade = folder / CASCADE_FILE
+    if cascade.is_file():
+        sizes = json.loads(cascade.read_text())["sizes"]
+        return all("measured" in size and finished(folder / size["name"], stage) for size in sizes)
     path = folder / RUN_FILE
     if not path.is_file():
         return False

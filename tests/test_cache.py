@@ -510,6 +510,7 @@ def test_a_foreign_cache_is_refused_before_any_model(place: Path, tmp_path: Path
         ([f"teacher.path={place / 'second'}"], "was made by another teacher than"),
         ([f"teacher.path={strange}", f"student.path={strange}"], "was made with another tokenizer than that of"),
         ([f"data.path={tmp_path / 'other.jsonl'}"], "was made of other text"),
+        (["teacher.dtype=bf16"], "was made by a teacher in float32, this run's is in bfloat16"),
         (["data.sequence_length=20"], "sequence_length: 16 → 20"),
         (["data.packing=joined"], "packing: separate → joined"),
         (["seed=1"], "seed: 0 → 1"),

@@ -18,6 +18,7 @@ from minitron.cli import compose, main
 from minitron.config import build_config
 from minitron.core.cost import DEVICES, family_saving, training_flops
 from minitron.core.manifest import Manifest, fingerprint_folder
+from minitron.finished import finished
 from minitron.models import config_of, discover
 from minitron.search.cascade import CascadeConfig, narrowed
 from minitron.search.space import SearchConfig
@@ -102,8 +103,11 @@ def test_two_sizes_one_cut_from_the_other(place: Path, tmp_path: Path, capsys: p
     times = {path: path.stat().st_mtime_ns for path in run.glob("*/student/model.safetensors")}
     assert len(times) == 2 and main(words(place, run, stages)) == 0
     assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert main(["cascade", "--finished", str(run)]) == 0 and finished(run, "distill")
     out = capsys.readouterr()
     assert out.err.count("nothing to do") == 8 and "0.6: " in out.out and "held-out loss" in out.out
+    (second / "student" / "manifest.json").unlink()
+    assert main(["cascade", "--finished", str(run)]) == 3 and finished(first)
 
 
 def test_the_original_is_corrected_once(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

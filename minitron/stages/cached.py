@@ -15,6 +15,7 @@ from minitron.distill.settings import later_blends
 from minitron.errors import CheckpointError
 from minitron.log import get_logger
 from minitron.models import config_of
+from minitron.models.load import DTYPES
 from minitron.stages.calibration import fingerprint_tokenizer
 from minitron.stages.context import StageContext
 
@@ -35,7 +36,7 @@ def drawn_by(context: StageContext) -> list[list[int]]:
 def wanted_by(context: StageContext, *, teacher: str) -> Wanted:
     """What a cache for this run is made of; ``teacher`` is the fingerprint of its folder."""
     training, data = context.sections.training, context.sections.data
-    later = later_blends(training, data)
+    later, dtype = later_blends(training, data), context.sections.teacher.dtype
     return Wanted(
         teacher=teacher,
         tokenizer=fingerprint_tokenizer(context.tokenizer()),
@@ -46,6 +47,7 @@ def wanted_by(context: StageContext, *, teacher: str) -> Wanted:
         num_validation=len(context.held_out(training.num_validation_sequences, later)),
         teacher_name=str(context.teacher_folder()),
         tokenizer_name=str(context.original_teacher()),
+        dtype=None if dtype == "auto" else str(DTYPES[dtype]).removeprefix("torch."),
     )
 
 

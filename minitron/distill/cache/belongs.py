@@ -14,7 +14,8 @@ _AGAIN = "run 'minitron cache' with this run's settings, or give another cache.p
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a run would store: see :class:`CacheHeader`. ``teacher_name`` and ``tokenizer_name`` say where they lie."""
+    """What a run would store: see :class:`CacheHeader`. ``teacher_name`` and ``tokenizer_name`` say where they lie;
+    ``dtype`` is what the teacher computes in, None where any will do."""
 
     teacher: str
     tokenizer: str
@@ -25,6 +26,7 @@ class Wanted:
     num_validation: int
     teacher_name: str
     tokenizer_name: str
+    dtype: str | None = None
 
 
 def check_belongs(header: CacheHeader, wanted: Wanted, folder: Path) -> None:
@@ -37,6 +39,8 @@ def check_belongs(header: CacheHeader, wanted: Wanted, folder: Path) -> None:
         raise CheckpointError(f"the cache {folder} was made with another tokenizer than that of {wanted.tokenizer_name}: {_AGAIN}")
     if header.teacher != wanted.teacher:
         raise CheckpointError(f"the cache {folder} was made by another teacher than {wanted.teacher_name}: {_AGAIN}")
+    if wanted.dtype is not None and header.dtype != wanted.dtype:
+        raise CheckpointError(f"the cache {folder} was made by a teacher in {header.dtype}, this run's is in {wanted.dtype}: {_AGAIN}")
     if header.data != wanted.data:
         raise CheckpointError(f"the cache {folder} was made of other text than this run's: {_AGAIN}")
     ours, theirs = {**wanted.text, "seed": wanted.seed}, {**header.text, "seed": header.seed}
