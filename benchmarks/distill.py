@@ -8,7 +8,7 @@ with AdamW and clipping. ``plain`` holds both logits and calls ``F.kl_div``; ``t
 can be imported; ``selective`` is ours with ``engine.activation_checkpointing=selective``; ``cross_entropy`` trains the same student without a
 teacher, ``cached_hidden_states`` and ``cached_top_k`` from a stored one. Writes ``<out>/<machine>/distill.json`` and, on a CPU,
 ``<out>/distill.md``: seconds, ratios, peak memory above weights and optimiser in a process of its own, the matrix products alone, and where the time
-of our step goes. Micro-batches whose row the file holds already, under the same command, are not measured again.
+of our step goes. The file keeps a row for every number of tokens and dtype; one that it holds already, of the same command, is not measured again.
 """
 
 from __future__ import annotations
@@ -376,20 +376,21 @@ def main() -> None:
     folder = options.out / (torch.cuda.get_device_name() if GPU else f"cpu-{platform.machine()}").replace(" ", "-").lower()
     folder.mkdir(parents=True, exist_ok=True)
     words = [f"<{Path(word).name}>" if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    document: dict[str, Any] = {"command": " ".join(["python benchmarks/distill.py", *words]), "torch": torch.__version__}
-    document |= {"threads": torch.get_num_threads(), "dtype": options.dtype, "rows": []}
-    known = folder / "distill.json"
-    before = json.loads(known.read_text()) if known.is_file() else {}
-    if all(before.get(key) == document[key] for key in ("command", "torch", "threads", "dtype")):
-        document["rows"] = before["rows"]
+    said: dict[str, Any] = {"command": " ".join(["python benchmarks/distill.py", *words]), "dtype": options.dtype}
+    said |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    file = folder / "distill.json"
+    rows = json.loads(file.read_text())["rows"] if file.is_file() else []
     for micro in options.micro:
-        if any(row["tokens"] == micro * options.length for row in document["rows"]):
+        said["tokens"] = micro * options.length
+        if any(all(row[key] == value for key, value in said.items()) for row in rows):
             continue
         row = (one_by_one if options.shapes else measure)(subject, options.ways, micro, options.rounds)
-        document["rows"].append(row | {"loadavg": Path("/proc/loadavg").read_text().split()[:3]})
-        (folder / "distill.json").write_text(json.dumps(document, indent=1) + "\n")
+        rows = [other for other in rows if (other["tokens"], other["dtype"]) != (said["tokens"], said["dtype"])]
+        rows.append(said | row | {"loadavg": Path("/proc/loadavg").read_text().split()[:3]})
+        rows.sort(key=lambda row: (row["dtype"] != "float32", row["tokens"]))
+        file.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
         if not GPU:
-            write_page(options.out, document)
+            write_page(options.out, rows)
         print(json.dumps(row, indent=1), flush=True)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 _INTRODUCTION = """# A distillation step
 
-`{command}`; torch {torch}, {threads} threads, {dtype}. Medians; all ways in turns in one process, so that ratios hold where seconds do not.
+Medians; all ways in turns in one process, so that ratios hold where seconds do not.
 SmolLM2-135M teaches a student of 108M parameters forward KL on the same text, AdamW and clipping on all sides.
 
 - **plain**: both logits whole, `F.kl_div`. **trl**: TRL's GKD trainer, off-policy, the same loss.
@@ -36,11 +36,10 @@ _SHARES = ("teacher", "student", "loss", "backward", "optimizer", "outside")
 _UNKNOWN = "not measured"
 
 
-def write_page(out: Path, document: dict[str, Any]) -> None:
-    """Write ``<out>/distill.md`` from what ``distill.json`` holds."""
-    rows = document["rows"]
+def write_page(out: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write ``<out>/distill.md`` from the rows of ``distill.json``."""
     parts = [
-        _INTRODUCTION.format(**document),
+        _INTRODUCTION,
         "## Seconds a step\n",
         _table([*_NAMES.values(), "matrix products alone", "load"], [(row, _seconds(row)) for row in rows]),
         "## Ratios of processor time (of wall time)\n",
@@ -52,13 +51,15 @@ def write_page(out: Path, document: dict[str, Any]) -> None:
         "## Losses after the same steps\n",
         _table(list(_NAMES.values())[:4], [(row, [_number(row["losses"].get(name), 4) for name in list(_NAMES)[:4]]) for row in rows]),
         "On a GPU: not measured (`bash benchmarks/gpu.sh`).\n",
+        "## Commands\n",
+        _table(["command", "torch", "threads"], [(row, [f"`{row['command']}`", row["torch"], str(row["threads"])]) for row in rows]),
     ]
     (out / "distill.md").write_text("\n".join(parts))
 
 
 def _table(heads: Sequence[str], rows: Sequence[tuple[dict[str, Any], Sequence[str]]]) -> str:
-    lines = ["| tokens | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
-    lines += [f"| {row['tokens']} | " + " | ".join(cells) + " |" for row, cells in rows]
+    lines = ["| tokens, dtype | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
+    lines += [f"| {row['tokens']}, {row['dtype']} | " + " | ".join(cells) + " |" for row, cells in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -11,8 +11,8 @@ _HEAD = """# Sparse products: time and error
 `y = x · Wᵀ` for N rows of x and a weight with zeros anywhere. `torch bf16` and `torch float32` are `F.linear`; `dense counterpart` is the
 loop of our own kernel over a dense bf16 weight, `packed` is `kernels/sparse_matmul`. Providers take turns in one process; weights that fit a
 cache go round in copies. Milliseconds are medians of the wall; ratios are of the wall, in brackets of the process's CPU time, which others that
-use the machine disturb less. The error is the largest one over the largest result, against float64. Byte limits: at 50 / 70 / 90% zeros a bitmap weight
-in bf16 has 0.56 / 0.36 / 0.16 of the dense bytes (1.78 / 2.76 / 6.15 times as fast where bytes are all that counts), in float32 0.53 / 0.33 /
+use the machine disturb less. The error is the largest one over the largest result, against float64. Byte limits: at 50 / 70 / 90% zeros a bitmap
+weight in bf16 has 0.56 / 0.36 / 0.16 of the dense bytes (1.78 / 2.76 / 6.15 times as fast where bytes are all that counts), in float32 0.53 / 0.33 /
 0.13. Figures with a load average above the number of threads are of a machine that others used: orders of magnitude, no more.
 
 Written by `python benchmarks/sparse_matmul.py`.

@@ -142,9 +142,7 @@ class Bench:
 def orderings(losses: dict[str, float]) -> list[str]:
     """The papers' orderings that these figures can confirm or not, one line each."""
     claims = [(f"Wanda below magnitude at {pattern} (Wanda)", f"wanda {pattern}", f"magnitude {pattern}") for pattern in PATTERNS]
-    claims += [
-        (f"SparseGPT below magnitude at {pattern} (SparseGPT)", f"sparsegpt {pattern}", f"magnitude {pattern}") for pattern in PATTERNS
-    ]
+    claims += [(f"SparseGPT below magnitude at {pattern} (SparseGPT)", f"sparsegpt {pattern}", f"magnitude {pattern}") for pattern in PATTERNS]
     claims += [(f"RIA below Wanda at {pattern} (RIA)", f"ria {pattern}", f"wanda {pattern}") for pattern in PATTERNS]
     claims += [("SparseGPT below Wanda at 2:4 for small models (Wanda)", "sparsegpt 2:4", "wanda 2:4")]
     claims += [("SparseGPT below Wanda at 0.7", "sparsegpt 0.7", "wanda 0.7")]
