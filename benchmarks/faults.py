@@ -172,6 +172,7 @@ def main() -> int:
             sys.stdout.write(f"{engine}: {result.kills} kills, {result.in_save} in a save, lost steps {result.lost}, same end: {result.same}\n")
             sys.stdout.flush()
     command = f"python benchmarks/faults.py --kills {arguments.kills} --engines {arguments.engines} --seed {arguments.seed}"
+    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "faults.md").write_text(table(results, command))
     return 0 if all(result.same for result in results) else 1
 
