@@ -1,6 +1,6 @@
 """The KD loss against materialised logits, Liger's chunked loss and its own matrix products, interleaved in one process.
 
-    python benchmarks/kd_loss.py [--rows 512 1024] [--repeats 9] [--out docs/benchmarks]
+    python benchmarks/kd_loss.py [--rows 512 1024] [--repeats 9] [--bf16] [--out docs/benchmarks]
 
 Prints a table and writes ``<out>/<machine>/kd_loss.json``, ``<out>/kd_loss.md`` and ``<out>/kd_loss_memory.svg``: medians with their 20th and 80th
 percentile, process CPU time beside wall time on CPUs, extra memory, and beside every time the error of the gradients against float64.
@@ -274,6 +274,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", help="instead of the usual ones")
     parser.add_argument("--repeats", type=int, default=30 if GPU else 9)
     parser.add_argument("--compiled", action="store_true", help="also materialised logits under torch.compile")
+    parser.add_argument("--bf16", action="store_true", help="on a CPU, where float32 is the default")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
     arguments = parser.parse_args()
@@ -285,7 +286,7 @@ def main() -> None:
     shapes = GPU_SHAPES if GPU else CPU_SHAPES
     if arguments.rows:
         shapes = [(rows, *shapes[0][1:]) for rows in arguments.rows]
-    dtype = torch.bfloat16 if GPU else torch.float32
+    dtype = torch.bfloat16 if GPU or arguments.bf16 else torch.float32
     load, results = os.getloadavg()[0], []
     for shape in shapes:
         for near in (False, True):

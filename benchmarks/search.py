@@ -201,7 +201,9 @@ def replayed(name: str, options: argparse.Namespace, *, draws: int = 400) -> dic
 
 def shared_teacher(options: argparse.Namespace) -> dict[str, Any]:
     """Processor time of ``k`` candidates side by side and alone."""
-    suite = replace(SUITES["smollm2"], candidates=options.k, steps=options.k_steps, every=options.k_steps, held_out=4)
+    suite = SUITES["smollm2"]
+    wide = tuple(word if not word.startswith("target.tolerance") else "target.tolerance=0.1" for word in suite.words)
+    suite = replace(suite, words=wide, candidates=options.k, steps=options.k_steps, every=options.k_steps, held_out=4)
     words = overrides(suite, options, options.folder / "k", seed=0)
     base = begin(options.folder / "k", words)
     seconds: dict[str, list[float]] = {"shared": [], "independent": []}

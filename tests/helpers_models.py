@@ -10,7 +10,9 @@ from helpers_text import tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
 from minitron.core.plan import PrunePlan, make_plan
-from minitron.models import Family
+from minitron.models import Family, discover
+from minitron.models.stored import to_stored
+from minitron.models.weights import write_weights
 from minitron.prune.proof import random_scores
 
 
@@ -153,6 +155,14 @@ def random_weights(family: Family, *, seed: int = 0, std: float = 0.2) -> dict[s
     """Random float32 parameters of a family, by their names in memory."""
     generator = torch.Generator().manual_seed(seed)
     return {spec.name: torch.randn(spec.shape(family.architecture.size), generator=generator) * std for spec in family.layout.parameters}
+
+
+def saved(folder: Path, config: Any, weights: dict[str, torch.Tensor] | None = None) -> Path:
+    """Weights of a config (default: random float32 ones) as a checkpoint, in the names of its family's published ones."""
+    family = discover(config)
+    config.save_pretrained(folder)
+    write_weights(folder, to_stored(family.stored, (weights or random_weights(family)).items(), family.architecture.size))
+    return folder
 
 
 def random_plan(family: Family, *, layers: tuple[int, ...] | None = None, seed: int = 0, **sizes: Any) -> PrunePlan:

@@ -73,6 +73,7 @@ SIBLINGS = {
     ("cascade", "checks"),
     ("cascade", "config"),
     ("cascade", "estimate"),
+    ("cascade", "finished"),
     ("cascade", "pipeline"),
     ("cascade_costs", "config"),
     ("cascade_costs", "estimate"),

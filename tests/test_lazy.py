@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers_engines import blocks_of
 from helpers_memory import LiveBytes
-from helpers_models import FAMILIES, family_config, random_weights, tiny_llama
+from helpers_models import FAMILIES, family_config, saved, tiny_llama
 from helpers_ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
@@ -24,22 +24,12 @@ from minitron.distill.training import student_weights
 from minitron.engine import EngineConfig, OptimizerConfig, build_engine
 from minitron.engine.lazy import LazyWeights, read_all
 from minitron.errors import CheckpointError, ConfigError
-from minitron.models import checkpoint_form, discover, load_causal_lm
+from minitron.models import checkpoint_form, load_causal_lm
 from minitron.models.head import head_of
 from minitron.models.lazy import load_lazily
 from minitron.models.load import attention_for, check_attention
-from minitron.models.stored import to_stored
-from minitron.models.weights import write_weights
 
 CPU = torch.device("cpu")
-
-
-def saved(folder: Path, config: Any) -> Path:
-    """Random float32 weights of a config as a checkpoint, in the names of its family's published ones."""
-    family = discover(config)
-    config.save_pretrained(folder)
-    write_weights(folder, to_stored(family.stored, random_weights(family).items(), family.architecture.size))
-    return folder
 
 
 TIED = [(model_type, "mqa") for model_type in ("llama", "gemma3_text", "mixtral", "nemotron_h")]

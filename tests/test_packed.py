@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_experts import sparse_mixtral
 from helpers_masks import sparse_student, zero_smallest
 from helpers_models import tiny_llama, tiny_model
 from safetensors.torch import load_file, save_file
 
 from minitron import cli
-from minitron.core.sparsity import Pattern
+from minitron.core.sparsity import Pattern, SparsityRecord
 from minitron.errors import CheckpointError
+from minitron.models import config_of, discover
 from minitron.models.lazy import load_lazily
 from minitron.models.load import load_causal_lm
 from minitron.models.packed import PackedReader, load_packed, pack_folder, unpack_folder
+from minitron.models.sparse_folder import check_sparse
 from minitron.ops.sparse_matmul import SWITCH, SparseLinear
 
 
@@ -117,6 +120,32 @@ def test_tied_models_and_float32_are_packed_too(tmp_path: Path) -> None:
     model, ids = load_packed(tmp_path / "packed", dtype=torch.float32), torch.arange(9)[None] + 2
     assert model.lm_head.weight is model.model.embed_tokens.weight  # type: ignore[union-attr]
     assert torch.equal(model(ids).logits, tiny_model(folder).eval()(ids).logits)
+
+
+def test_every_expert_is_packed_by_itself(tmp_path: Path) -> None:
+    """As it lies in the checkpoint; the record goes by the names in memory, and is true of what is unpacked."""
+    before = sparse_mixtral(tmp_path / "sparse")
+    assert pack_folder(tmp_path / "sparse", tmp_path / "packed").num_matrices == 2 * 4 + 2 * 4 * 3
+    unpack_folder(tmp_path / "packed", tmp_path / "back")
+    assert same_files(tmp_path / "sparse", tmp_path / "back")
+    record = SparsityRecord.load(tmp_path / "back")
+    assert record is not None and sum(name.endswith("experts.down_proj") for name in record.matrices) == 2
+    family = discover(config_of(tmp_path / "back"))
+    check_sparse(tmp_path / "back", record, family)
+    ids = torch.arange(9)[None] + 2
+    expected = load_causal_lm(tmp_path / "sparse", dtype=torch.float32)
+    for model in (load_packed(tmp_path / "packed", dtype=torch.float32), load_causal_lm(tmp_path / "back", dtype=torch.float32)):
+        assert torch.equal(model(ids).logits, expected(ids).logits)
+        found = dict(model.named_parameters())
+        assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
+    path = tmp_path / "back" / "model.safetensors"
+    weights = load_file(str(path))
+    name = next(name for name in weights if ".experts.3." in name)
+    row = weights[name][5]
+    row[:4], row[4:8] = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 0.0, 0.0])  # as many zeros, and no groups
+    save_file(weights, str(path), metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="mlp.experts.* is not 2:4"):
+        check_sparse(tmp_path / "back", record, family)
 
 
 def test_the_command_line_packs_and_unpacks(sparse: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

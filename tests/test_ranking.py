@@ -338,6 +338,8 @@ def test_what_tasks_have_not_trained_is_named(place: Path, tmp_path: Path, capsy
     lock.release()
     assert main(["rank", *options(place, run, "ranking.from_tasks=true")]) == 0
     assert manifest(run)["results"]["teacher_forwards"] == 0
+    assert main(["rank", *options(place, run, "ranking.task=4/5")]) == 0  # there are four
+    assert manifest(run, "ranking.tasks/4-of-5")["results"] == {"task": "4/5", "tokens": 0, "teacher_forwards": 0}
 
 
 def test_a_failing_candidate_does_not_stop_the_rest(full: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

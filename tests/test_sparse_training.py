@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_experts import sparse_gpt_oss, sparse_mixtral
 from helpers_masks import SparseCase, sparse_student, sparsify, train_compiled, train_sparse, zero_smallest
 from helpers_models import tiny_llama
 from helpers_ranks import run_ranks
@@ -25,8 +26,10 @@ from minitron.distill.masks import Masks, cubic_ratio, open_masks
 from minitron.distill.settings import TrainingConfig
 from minitron.errors import CheckpointError, ConfigError
 from minitron.models import config_of, discover
+from minitron.models.experts import outputs_first, transposed_matrices
 from minitron.models.sparse_folder import carry_sparsity, check_sparse
 from minitron.ops.masked_linear import Magnitudes, masked_linear
+from minitron.ops.masked_weight import masked_weight
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,14 @@ def before(folder: Path) -> dict[str, torch.Tensor]:
     assert record is not None
     weights = load_file(str(folder / "student" / "model.safetensors"))
     return {name: weights[name] for name in record.matrices}
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A student with sparse experts, whose sparse matrices are given too."""
+    root = tmp_path_factory.mktemp("experts")
+    tiny_llama(root / "teacher", seed=1)
+    return root, sparse_mixtral(root / "student")
 
 
 def losses(result: dict[str, Any]) -> torch.Tensor:
@@ -106,6 +117,86 @@ def test_zeros_stay_zero_for_fifty_steps(
         torch.testing.assert_close(norms[0][:6], norms[1][:6], rtol=1e-5, atol=0)
         torch.testing.assert_close(losses(result)[-4:], losses({"curve": result["straight"]}), rtol=1e-6, atol=0)
     assert same_zeros(results[0]["weights"], before)
+
+
+@pytest.fixture(scope="module")
+def expert_reference(experts: tuple[Path, dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """Ten steps of a mixture of experts under ``local``."""
+    return train_sparse(SparseCase(experts[0], lazy=True, num_steps=10))
+
+
+def test_zeros_of_experts_are_kept(experts: tuple[Path, dict[str, torch.Tensor]], expert_reference: dict[str, Any]) -> None:
+    """Those without masks are lost; with them weights move, and only those that are not zero."""
+    folder, before = experts
+    assert sum(tensor.ndim == 3 for tensor in before.values()) == 4
+    free = train_sparse(SparseCase(folder, lazy=True, num_steps=2, masked=False))
+    assert all(share_of_zeros(free["weights"][name]) < 0.3 for name in before)
+    assert losses(free)[0] == losses(expert_reference)[0] and losses(free)[1] != losses(expert_reference)[1]
+    assert same_zeros(expert_reference["weights"], before) and moments_are_zero(expert_reference["state"], before)
+    assert not any(torch.equal(expert_reference["weights"][name], tensor) for name, tensor in before.items())
+
+
+EXPERT_ENGINES = [
+    (2, "fsdp", {"resume": True}),
+    (2, "deepspeed", {"zero_stage": 2}),
+    (2, "deepspeed", {"zero_stage": 3}),
+    (1, "local", {"optimizer": "muon", "checkpointing": "full"}),
+    (1, "fsdp", {"precision": "bf16", "checkpointing": "selective"}),
+]
+
+
+@pytest.mark.parametrize(("ranks", "engine", "options"), EXPERT_ENGINES)
+def test_zeros_of_experts_are_kept_by_every_engine(
+    experts: tuple[Path, dict[str, torch.Tensor]], expert_reference: dict[str, Any], ranks: int, engine: str, options: dict[str, Any]
+) -> None:
+    folder, before = experts
+    results = run_ranks(train_sparse, ranks, SparseCase(folder, engine=engine, lazy=True, num_steps=10, **options))
+    assert same_zeros(results[0]["weights"], before)
+    for result in results:
+        assert moments_are_zero(result["state"], before)
+        if ranks == 2:
+            torch.testing.assert_close(losses(result), losses(expert_reference), rtol=2e-6, atol=0)
+    for name, tensor in before.items():
+        moved = (results[0]["weights"][name] != tensor)[tensor != 0].float().mean()
+        assert moved > 0.9, (name, moved)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_read_experts_through_masks(experts: tuple[Path, dict[str, torch.Tensor]], expert_reference: dict[str, Any]) -> None:
+    folder, before = experts
+    case = SparseCase(folder, engine="fsdp", compile=True, checkpointing="full", lazy=True, num_steps=4)
+    ((compiled, num_graphs),) = run_ranks(train_compiled, 1, case)
+    assert num_graphs == 2 and same_zeros(compiled["weights"], before)
+    torch.testing.assert_close(losses(compiled), losses(expert_reference)[:4], rtol=1e-5, atol=0)
+
+
+@pytest.fixture(scope="module")
+def transposed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The same of a family whose experts are [experts, inputs, outputs]."""
+    root = tmp_path_factory.mktemp("transposed")
+    tiny_llama(root / "teacher", seed=1)
+    return root, sparse_gpt_oss(root / "student")
+
+
+@pytest.mark.parametrize("kind", ["experts", "transposed"])
+@pytest.mark.parametrize(("mode", "pattern"), [("keep", "2:4"), ("refresh", "2:4"), ("gradual", "1:4"), ("gradual", "0.75")])
+def test_masks_of_experts_move_as_those_of_linear_layers(kind: str, mode: str, pattern: str, request: pytest.FixtureRequest) -> None:
+    folder, before = request.getfixturevalue(kind)
+    family, record = discover(config_of(folder / "student")), SparsityRecord.load(folder / "student")
+    assert record is not None and transposed_matrices(family) == {name for name in before if kind == "transposed" and "experts" in name}
+    check_sparse(folder / "student", record, family)
+    case = SparseCase(folder, mode=mode, pattern=pattern, lazy=True, num_steps=4, ramp=4, decay=1.0, rate=3e-2)
+    result = train_sparse(case)
+    for name, tensor in before.items():
+        finished = outputs_first(name, result["weights"][name], transposed_matrices(family))
+        tensor = outputs_first(name, tensor, transposed_matrices(family))
+        width = 4 if ":" in pattern else tensor.shape[-1]
+        zeros = (finished.unflatten(-1, (-1, width)) == 0).sum(-1)
+        assert bool((zeros == int(Pattern.parse(pattern).ratio * width + 1e-9)).all()), name
+        back = bool(((finished != 0) & (tensor == 0)).any())
+        assert back or tensor.ndim == 2 if mode == "refresh" else not back, name
+    if mode == "refresh":
+        assert not torch.equal(losses(result), losses(train_sparse(replace(case, decay=0.0))))
 
 
 OTHERS = [
@@ -173,8 +264,9 @@ def test_gradual_zeros_follow_the_cubic_formula(folder: Path, before: dict[str, 
 
 @pytest.mark.parametrize("kind", ["keep", "refresh", "gradual", "gradual rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_masked_linear_has_the_gradients_of_its_formula(kind: str, dtype: torch.dtype) -> None:
-    """Against autograd in float64 on the masked product, and SR-STE's formula."""
+@pytest.mark.parametrize("whole", [False, True])
+def test_masked_products_have_the_gradients_of_their_formula(kind: str, dtype: torch.dtype, whole: bool) -> None:
+    """Against autograd in float64 on the masked product, and SR-STE's formula; the product and the weight alone (``whole``)."""
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((2, 5, 16), (12, 16), (12,)))
     weight = zero_smallest(weight, Pattern.parse("3:4"))
@@ -187,7 +279,10 @@ def test_masked_linear_has_the_gradients_of_its_formula(kind: str, dtype: torch.
     mask = weight != 0 if pattern is None else zero_smallest(weight.abs(), pattern) != 0
 
     leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, weight, bias)]
-    y = masked_linear(*leaves, magnitudes)
+    if whole:
+        y = torch.nn.functional.linear(leaves[0], masked_weight(leaves[1], magnitudes), leaves[2])
+    else:
+        y = masked_linear(*leaves, magnitudes)
     y.backward(out.to(dtype))
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     used = exact[1] * mask.double()
@@ -214,6 +309,7 @@ def test_nothing_lasting_is_held_for_the_backward_pass(magnitudes: Magnitudes | 
     known = {x.data_ptr(), weight.data_ptr()}
     assert weight.data_ptr() in {tensor.data_ptr() for tensor in held}
     assert sum(tensor.nbytes for tensor in held if tensor.data_ptr() not in known) <= 32 * (4 + 8)
+    assert masked_weight(weight).data_ptr() == weight.data_ptr()
 
 
 def test_largest_equals_a_plain_loop_and_keeps_the_first_of_equals() -> None:

@@ -13,9 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_models import family_config, random_weights, tiny_llama, tiny_model
+from helpers_experts import (
+    STACKS,
+    eager_mixtral,
+    expert_inputs,
+    inputs_by_hand,
+    mixtral_config,
+    mixtral_folder,
+    wanda_of_experts,
+    zero_lowest,
+)
+from helpers_models import family_config, random_weights, saved, tiny_llama, tiny_model
 from helpers_ranks import run_ranks
-from helpers_text import write_jsonl
+from helpers_text import tiny_tokenizer, write_jsonl
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -115,10 +125,10 @@ def _all_cases(folder: str, place: str) -> list[SparsityRecord]:
     return [sparsified(Path(folder), Path(place) / str(number), samples, batch_size=4, **case)[1] for number, case in enumerate(CASES)]
 
 
-def _blocks(place: Path) -> Tensors:
+def _blocks(place: Path, *, layers: int = 3) -> Tensors:
     """All numbers of finished blocks, from the files of all ranks."""
     found: Tensors = {}
-    for layer in range(3):
+    for layer in range(layers):
         stored = Store(place, "").load(f"block-{layer:05d}")
         assert stored is not None
         found |= stored[0]
@@ -326,9 +336,9 @@ def test_owl_keeps_the_mean_and_follows_the_outliers(teacher: Path, tmp_path: Pa
     assert len(set(layers)) == 3 and sum(layers) / 3 == pytest.approx(0.5, abs=0.02) and max(layers) - min(layers) < 0.17
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "phi3", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["gemma2", "phi3", "qwen3_moe", "qwen2_moe", "nemotron_h", "gpt_oss"])
 def test_other_families(model_type: str, tmp_path: Path) -> None:
-    """Windows, scaled embeddings, fused matrices; routers stay dense."""
+    """Windows, scaled embeddings, fused matrices, experts with and without gates or transposed; routers stay dense."""
     config = family_config(model_type)
     family = discover(config)
     weights = random_weights(family)
@@ -343,15 +353,20 @@ def test_other_families(model_type: str, tmp_path: Path) -> None:
         assert torch.equal(tensor[tensor != 0], original[name][tensor != 0])
         assert name in record.matrices or torch.equal(tensor, original[name])
     assert not any("router" in name or name.endswith("mlp.gate.weight") or "norm" in name or "embed" in name for name in record.matrices)
+    held = {name.rpartition(".")[2] for name in record.matrices if ".experts." in name}
+    assert held == ({"up_proj", "down_proj"} if model_type == "nemotron_h" else set(STACKS) if family.taps.experts else set())
     first_bad = _first_difference(model, family, found, samples.ids, record)
     assert first_bad is None, first_bad
+    if held:
+        _assert_experts(model, family, found, original, samples.ids)
 
 
 def _first_difference(model: nn.Module, family: Family, found: Tensors, ids: torch.Tensor, record: SparsityRecord) -> str | None:
-    """Wanda's masks of the last block again, from hooks on the whole model with everything before it sparse."""
+    """Wanda's masks of the last block's linear layers again, from hooks on the whole model with everything before it sparse."""
     last = family.taps.blocks[-1]
-    names = [name for name in record.matrices if name.startswith(f"{last}.")]
-    dense = model_from_weights(model.config, {**found, **{n: t for n, t in model.state_dict().items() if n in names}}, dtype=torch.float32)
+    block = [name for name in record.matrices if name.startswith(f"{last}.")]
+    names = [name for name in block if name.endswith(".weight")]
+    dense = model_from_weights(model.config, {**found, **{n: t for n, t in model.state_dict().items() if n in block}}, dtype=torch.float32)
     seen: dict[str, torch.Tensor] = {}
 
     def watch(name: str) -> Any:
@@ -372,6 +387,115 @@ def _first_difference(model: nn.Module, family: Family, found: Tensors, ids: tor
         if float(((found[name] == 0).view_as(mask) != mask).float().mean()) > 1e-3:
             return name
     return None
+
+
+def ids_of(count: int, length: int) -> torch.Tensor:
+    """Random sequences of a tiny mixture of experts."""
+    return torch.randint(2, 128, (count, length), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize(("pattern", "group"), [("0.5", None), ("2:4", 4)])
+def test_every_expert_is_scored_by_its_own_tokens(tmp_path: Path, pattern: str, group: int | None) -> None:
+    folder = mixtral_folder(tmp_path / "model")
+    found, record = sparsified(folder, tmp_path / "work", Samples(ids_of(6, 10)), pattern=pattern)
+    expected = wanda_of_experts(eager_mixtral(), ids_of(6, 10), group)
+    assert len(record.matrices) == 2 * (4 + 2) and found.keys() == expected.keys()
+    assert all(f"model.layers.{layer}.mlp.experts.{name}" in record.matrices for layer in range(2) for name in STACKS)
+    assert set(record.matrices.values()) == {0.5} and not any("mlp.gate." in name for name in record.matrices)
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+        if name in record.matrices:
+            assert bool(((weight.view(-1, 4 if group else weight.shape[-1]) != 0).double().mean(-1) == 0.5).all())
+
+
+EXPERT_CASES: list[dict[str, Any]] = [
+    {"pattern": "2:4", "recover": 0.3},
+    {"name": "sparsegpt", "pattern": "0.6", "block_size": 16},
+    {"name": "ria", "pattern": "4:8", "ratios": "owl", "dense": ["0.mlp.experts.down_proj"]},
+]
+
+
+def _all_expert_cases(folder: str, place: str) -> list[SparsityRecord]:
+    samples = Samples(ids_of(6, 4), torch.rand(6, 4, generator=torch.Generator().manual_seed(0)) > 0.2)
+    found = (sparsified(Path(folder), Path(place) / str(number), samples, batch_size=2, **case) for number, case in enumerate(EXPERT_CASES))
+    return [record for _, record in found]
+
+
+def test_experts_are_the_same_on_one_and_two_ranks(tmp_path: Path) -> None:
+    """Three micro-batches of few tokens, so that some experts have none on a rank, or none at all."""
+    folder = mixtral_folder(tmp_path / "model", experts=8)
+    records = {world: run_ranks(_all_expert_cases, world, str(folder), str(tmp_path / str(world))) for world in (1, 2)}
+    assert all(result == records[1][0] for results in records.values() for result in results)
+    assert records[1][0][0].recovered > 0
+    for number, case in enumerate(EXPERT_CASES):
+        found, expected = (_blocks(tmp_path / str(world) / str(number), layers=2) for world in (2, 1))
+        assert len(found) == 12 - len(case.get("dense", [])) and found.keys() == expected.keys()
+        assert all(torch.equal(weight, expected[name]) for name, weight in found.items()), case
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_experts_without_tokens_are_chosen_by_magnitude(tmp_path: Path, caplog: pytest.LogCaptureFixture, method: str) -> None:
+    """Two tokens, of which one does not count, come to two of eight experts: one line says so, of the others only the largest stay."""
+    folder = mixtral_folder(tmp_path / "model", layers=1, experts=8)
+    ids, counted = ids_of(1, 2), torch.tensor([[True, False]])
+    with caplog.at_level(logging.INFO, logger="minitron"):
+        found, _ = sparsified(folder, tmp_path / "work", Samples(ids, counted), name=method, pattern="2:4")
+    lines = [record.message.strip() for record in caplog.records if "experts" in record.message]
+    if method == "magnitude":
+        assert not lines
+        return
+    assert lines == ["no calibration token came to 6 of 8 experts: their zeros were chosen by magnitude"]
+    model = eager_mixtral(layers=1, experts=8)
+    _, experts = inputs_by_hand(model, 0, ids[:, :1])
+    assert [len(inputs["gate_up_proj"]) for inputs in experts].count(1) == 2
+    for name in STACKS:
+        weights = getattr(model.model.layers[0].mlp.experts, name).detach()
+        for number, inputs in enumerate(experts):
+            groups = weights[number].view(-1, 4)
+            kept = groups.abs().argsort(dim=-1).argsort(dim=-1) >= 2
+            same = torch.equal(found[f"model.layers.0.mlp.experts.{name}"][number].view(-1, 4), groups * kept)
+            assert same == (len(inputs[name]) == 0), (name, number)
+
+
+def test_sparsegpt_beats_wanda_within_experts_and_its_passes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error at an expert's own tokens; Hessians of one expert at a time give the same bits as those of all."""
+    folder, ids = mixtral_folder(tmp_path / "model", layers=1), ids_of(16, 12)
+    found = {method: sparsified(folder, tmp_path / method, Samples(ids), name=method, pattern="2:4")[0] for method in ("wanda", "sparsegpt")}
+    dense = eager_mixtral(layers=1)
+    _, experts = inputs_by_hand(dense, 0, ids)
+    assert min(len(inputs["down_proj"]) for inputs in experts) > 64
+    for name in STACKS:
+        weights = getattr(dense.model.layers[0].mlp.experts, name).detach().double()
+        for number, inputs in enumerate(experts):
+            errors = {}
+            for method, tensors in found.items():
+                sparse = tensors[f"model.layers.0.mlp.experts.{name}"][number]
+                assert keeps_groups(sparse, Pattern.parse("2:4"))
+                errors[method] = float((inputs[name] @ (sparse.double() - weights[number]).T).square().sum())
+            assert errors["sparsegpt"] < 0.9 * errors["wanda"], (name, number, errors)
+    monkeypatch.setattr("minitron.sparsify.shared.expert_statistics.HESSIAN_BYTES", 1)
+    again, _ = sparsified(folder, tmp_path / "apart", Samples(ids), name="sparsegpt", pattern="2:4")
+    assert all(torch.equal(again[name], weight) for name, weight in found["sparsegpt"].items())
+
+
+def _assert_experts(model: nn.Module, family: Family, found: Tensors, original: Tensors, ids: torch.Tensor) -> None:
+    """The masks of the last layer with experts again, the blocks before it sparse, its experts run one after another."""
+    layer, name = max(family.taps.experts.items())
+    own = {key: tensor for key, tensor in original.items() if key.startswith(f"{family.taps.blocks[layer]}.")}
+    dense: Any = model_from_weights(model.config, {**found, **own}, dtype=torch.float32)
+    dense.set_experts_implementation("eager")
+    module, calls = dense.get_submodule(name), list[tuple[torch.Tensor, ...]]()
+    module.register_forward_pre_hook(lambda module, args: calls.append(args))
+    with torch.no_grad():
+        dense(input_ids=ids, use_cache=False)
+    for number, inputs in enumerate(expert_inputs(module, *calls[0][:2])):
+        for matrix, x in inputs.items():
+            weight, sparse = (tensors[f"{name}.{matrix}"][number] for tensors in (original, found))
+            if module.is_transposed:
+                weight, sparse = weight.T, sparse.T
+            weight = weight.clone(memory_format=torch.contiguous_format)
+            zero_lowest(weight, x, 4)
+            assert torch.equal(sparse, weight), (number, matrix, len(x))
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -430,6 +554,33 @@ def test_the_stage(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     bare.mkdir()
     assert main(["sparsify", *common[1:], f"run_dir={bare}"]) == 2
     assert "there is no teacher" in capsys.readouterr().err
+
+
+def test_sparse_experts_are_written_and_trained(tmp_path: Path) -> None:
+    """``sparse/`` and ``student/``: what plain transformers loads has the zeros, experts one by one, and the record says so."""
+    from transformers import AutoModelForCausalLM
+
+    folder = saved(tmp_path / "model", mixtral_config(vocab=300))
+    tiny_tokenizer(300).save_pretrained(folder)
+    text = write_jsonl(tmp_path / "text.jsonl", num_documents=80)
+    run = tmp_path / "run"
+    words = [f"run_dir={run}", f"teacher.path={folder}", f"data.path={text}", "data.sequence_length=16", "sparsify.num_samples=8", "tracking=[jsonl]"]
+    words += ["sparsify=sparsegpt", "sparsify.pattern=2:4", "training.num_steps=2", "training.batch_size=2", "training.num_validation_sequences=2"]
+    words += ["training.learning_rate=0.003", "training.weight_decay=0.1", "training.precision=float32", "data.validation_fraction=0.2"]
+    assert [main([stage, *words]) for stage in ("sparsify", "distill")] == [0, 0]
+    dense = random_weights(discover(mixtral_config(vocab=300)))
+    before: Tensors = {}
+    for stage in ("sparse", "student"):
+        record = SparsityRecord.load(run / stage)
+        assert record is not None and len(record.matrices) == 12 and set(record.matrices.values()) == {0.5}
+        loaded = dict(AutoModelForCausalLM.from_pretrained(run / stage, dtype=torch.float32).named_parameters())
+        found = {name: loaded[name].detach() for name in record.matrices}
+        assert all(keeps_groups(weight, Pattern.parse("2:4")) and not torch.equal(weight, dense[name]) for name, weight in found.items())
+        if stage == "student":
+            assert all(torch.equal(weight != 0, before[name] != 0) and not torch.equal(weight, before[name]) for name, weight in found.items())
+        before = found
+    results = json.loads((run / "sparse" / "manifest.json").read_text())["results"]
+    assert results["kinds"]["mlp.experts.gate_up_proj"] == 0.5 and results["num_matrices"] == 12
 
 
 def test_magnitude_reads_no_text(teacher: Path, tmp_path: Path) -> None:

@@ -17,11 +17,13 @@ from torch import nn
 from minitron import dist
 from minitron.core.sparsity import Pattern, SparsityRecord, num_kept
 from minitron.distill.loop import StepReport
+from minitron.distill.masked_modules import mask_linear, mask_parameter
 from minitron.errors import CheckpointError, ConfigError
 from minitron.models import Family
+from minitron.models.experts import can_be_seen, expert_matrices, outputs_first
 from minitron.models.sparse_folder import check_sparse
 from minitron.ops.kd_loss import IGNORE_INDEX
-from minitron.ops.masked_linear import Magnitudes, mask_of, masked_linear
+from minitron.ops.masked_linear import Magnitudes, mask_of
 
 #: From named tensors to named tensors.
 Form = Callable[[Iterator[tuple[str, torch.Tensor]]], Iterator[tuple[str, torch.Tensor]]]
@@ -87,27 +89,37 @@ class Masks:
     method: str = ""
     recovered: float = 0.0
     step: int = 0
+    _transposed: set[str] = field(default_factory=set, init=False, repr=False)
     _sizes: dict[str, int] = field(default_factory=dict, init=False, repr=False)
     _decay_now: torch.Tensor | None = field(default=None, init=False, repr=False)
 
     def install(self, student: nn.Module) -> None:
-        """Put the masks into the linear layers of a student, before an engine gets it.
+        """Put the masks into the linear layers and the experts of a student, before an engine gets it.
 
         Raises:
-            CheckpointError: a listed matrix is not the weight of a linear layer.
+            CheckpointError: a listed matrix is neither the weight of a linear layer nor that of experts.
             ConfigError: a matrix that the pattern cannot divide.
         """
-        for name in self.start:
-            module = _owner(student, name)
-            if type(module) is not nn.Linear:
+        modules = dict(student.named_modules())
+        for name, start in self.start.items():
+            owner, _, attribute = name.rpartition(".")
+            module = modules.get(owner)
+            weight = module._parameters.get(attribute) if module is not None else None
+            linear = type(module) is nn.Linear and attribute == "weight"
+            if module is None or weight is None or not (linear or (weight.ndim == 3 and can_be_seen(module))):
                 raise CheckpointError(
-                    f"'{name}' is sparse and no weight of a linear layer, so that its zeros cannot be kept: give training.sparse=free to let them go"
+                    f"'{name}' is sparse and no weight of a linear layer or of experts, so that its zeros cannot be kept: "
+                    "give training.sparse=free to let them go"
                 )
+            if not linear and getattr(module, "is_transposed", False):
+                self._transposed.add(name)
             if self.mode != "keep":
-                self.pattern.check_width(name, module.in_features)
-            self._sizes[name] = module.in_features * module.out_features
-            module.__class__ = MaskedLinear
-            module.masks, module.start = self, self.start[name]  # type: ignore[assignment]
+                self.pattern.check_width(name, outputs_first(name, weight, self._transposed).shape[-1])
+            self._sizes[name] = weight.numel()
+            if isinstance(module, nn.Linear):
+                mask_linear(module, self, start)
+            else:
+                mask_parameter(module, attribute, self, start, transposed=name in self._transposed)
 
     def watch(self, root: nn.Module) -> None:
         """Learn from every forward of a root which share of the step's tokens it has: SR-STE's decay is shared out by it."""
@@ -140,9 +152,11 @@ class Masks:
         """Whole weights of the student as they count: what no mask uses is zero."""
         for name, tensor in weights:
             if name in self.start:
-                magnitudes = self.magnitudes(self.start[name], tensor.shape[-1])
+                weight = outputs_first(name, tensor, self._transposed)
+                magnitudes = self.magnitudes(self.start[name], weight.shape[-1])
                 if magnitudes is not None:
-                    tensor = tensor.masked_fill(~mask_of(tensor, magnitudes), 0.0)
+                    tensor = outputs_first(name, weight.masked_fill(~mask_of(weight, magnitudes), 0.0), self._transposed).contiguous()
+                del weight
             yield name, tensor
             del tensor  # or it would stay while the next one is gathered
 
@@ -166,28 +180,6 @@ class Masks:
         self._decay_now = self.decay * dist.world_size() * (labels != IGNORE_INDEX).sum() / denominator
 
 
-class MaskedLinear(nn.Linear):
-    """A linear layer under :class:`Masks`; ``start`` is its share of zeros where training begins."""
-
-    masks: Masks
-    start: float
-
-    @property
-    def keeps_zeros(self) -> bool:
-        """Whether what is zero in the weight is to stay zero, which optimisers that mix weights need to know."""
-        return self.masks.mode == "keep"
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., inputs] → [..., outputs]."""
-        return masked_linear(input, self.weight, self.bias, self.masks.magnitudes(self.start, self.in_features))
-
-
-def _owner(student: nn.Module, name: str) -> nn.Module | None:
-    """The module that has a parameter as its ``weight``; None where there is none."""
-    owner, _, attribute = name.rpartition(".")
-    return dict(student.named_modules()).get(owner) if attribute == "weight" else None
-
-
 def open_masks(folder: Path, training: TrainingConfig, *, family: Family, num_steps: int) -> Masks | None:
     """The masks for a training that starts from a folder; None where it is to be dense.
 
@@ -205,7 +197,7 @@ def open_masks(folder: Path, training: TrainingConfig, *, family: Family, num_st
     if record is not None:
         _check_on_main(folder, record, family)
     pattern = Pattern.parse(training.sparse_pattern or (record.pattern if record is not None else ""), where="training.sparse_pattern")
-    start = dict(record.matrices) if record is not None else dict.fromkeys(_linear_matrices(family), 0.0)
+    start = dict(record.matrices) if record is not None else dict.fromkeys(_matrices(family), 0.0)
     if mode in (None, "keep"):
         assert record is not None
         return Masks("keep", pattern, start, method=record.method, recovered=record.recovered)
@@ -217,10 +209,11 @@ def open_masks(folder: Path, training: TrainingConfig, *, family: Family, num_st
     return Masks(mode, pattern, start, num_steps=steps, decay=decay, method={"refresh": "sr_ste"}.get(mode, mode))
 
 
-def _linear_matrices(family: Family) -> list[str]:
-    """The matrices inside the layers; routers and what holds several experts in one tensor are left out."""
+def _matrices(family: Family) -> list[str]:
+    """The matrices inside the layers, those of experts too; routers are left out."""
+    stacks = {spec.name for layer in expert_matrices(family) for spec in layer}
     specs = (spec for layer in family.layout.by_layer for spec in layer)
-    return [spec.name for spec in specs if len(spec.dims) == 2 and "expert" not in spec.axes() and not spec.buffer]
+    return [spec.name for spec in specs if spec.name in stacks or (len(spec.dims) == 2 and "expert" not in spec.axes() and not spec.buffer)]
 
 
 def _check_on_main(folder: Path, record: SparsityRecord, family: Family) -> None:

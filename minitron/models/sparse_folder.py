@@ -9,6 +9,7 @@ import torch
 
 from minitron.core.sparsity import SparsityRecord, keeps_groups, share_of_zeros
 from minitron.errors import CheckpointError
+from minitron.models.experts import outputs_first, transposed_matrices
 from minitron.models.family import Family
 from minitron.models.lazy import FolderWeights
 from minitron.models.weights import WeightReader
@@ -37,11 +38,12 @@ def check_sparse(folder: Path, record: SparsityRecord, family: Family) -> None:
     Raises:
         CheckpointError: another share of zeros, or a group of N:M with more than N; the sentence names the matrix.
     """
+    transposed = transposed_matrices(family)
     for name, weight in listed_matrices(folder, record, family):
         found, told = share_of_zeros(weight), record.matrices[name]
         if abs(found - told) > _TOLERANCE:
             raise CheckpointError(f"'{name}' in {folder} has {found:.4%} zeros and sparsity.json says {told:.4%}: the file belongs to other weights")
-        _check_groups(folder, record, name, weight)
+        _check_groups(folder, record, name, outputs_first(name, weight, transposed))
 
 
 def carry_sparsity(record: SparsityRecord, folder: Path, family: Family) -> SparsityRecord:
@@ -50,9 +52,9 @@ def carry_sparsity(record: SparsityRecord, folder: Path, family: Family) -> Spar
     Raises:
         CheckpointError: a group of N:M has more than N.
     """
-    shares = {}
+    shares, transposed = {}, transposed_matrices(family)
     for name, weight in listed_matrices(folder, record, family):
-        _check_groups(folder, record, name, weight)
+        _check_groups(folder, record, name, outputs_first(name, weight, transposed))
         shares[name] = share_of_zeros(weight)
     counted = SparsityRecord(record.method, record.pattern, shares, record.recovered)
     counted.save(folder)

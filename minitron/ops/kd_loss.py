@@ -77,7 +77,6 @@ class _Side:
         self._dtype = weight.dtype
         self._gradients = Gradients.of(self._hidden, weight, self._bias, needed)
         self._head = student.head.detached().ready(walk.compute_dtype)  # cast once here rather than once a chunk
-        self._matrix = self._head.weight.to(walk.compute_dtype)
         self.values = torch.zeros(len(walk.losses), dtype=torch.float32, device=hidden.device)
 
     def take(self, rows: slice, chunks: KernelChunks | None, teacher: Head | None, theirs: Any) -> None:
@@ -90,7 +89,7 @@ class _Side:
         if gradient is not None:
             if walk.labels.device.type != "cpu":  # masked rows are among these: zero times inf would be nan
                 hidden = hidden.masked_fill((walk.labels[rows] == IGNORE_INDEX)[:, None], 0.0)
-            self._gradients.add(rows, gradient, hidden, self._matrix)
+            self._gradients.add(rows, gradient, hidden, self._head.weight)
 
     def done(self) -> SweptLosses:
         """The sums of all chunks."""

@@ -91,14 +91,14 @@ class _Sweep:
         walk, hidden = self.walk, student.hidden.detach()
         head, weight = student.head.detached().ready(walk.compute_dtype), student.head.weight.detach()
         teacher = None if walk.teacher_head is None else walk.teacher_head.ready(walk.compute_dtype)
-        matrix, values = head.weight.to(walk.compute_dtype), torch.zeros(len(walk.losses), dtype=torch.float32, device=hidden.device)
+        values = torch.zeros(len(walk.losses), dtype=torch.float32, device=hidden.device)
         gradients = Gradients.of(hidden, weight, student.head.bias, self.needed)
         for start in range(0, len(walk.labels), walk.chunk_size):
             rows = slice(start, start + walk.chunk_size)
             states = hidden[rows].to(head.weight.dtype)
             slope = self._chunk(head.logits(states), walk.said(teacher, rows), rows, values, head)
             if any(self.needed):
-                gradients.add(rows, slope, states.masked_fill((walk.labels[rows] == IGNORE_INDEX)[:, None], 0.0), matrix)
+                gradients.add(rows, slope, states.masked_fill((walk.labels[rows] == IGNORE_INDEX)[:, None], 0.0), head.weight)
         gradients.done(None, hidden.shape)
         if gradients.hidden is not None and distributed.is_initialized():
             distributed.all_reduce(gradients.hidden, group=self.group)

@@ -53,8 +53,9 @@ def run(context: StageContext, out: Path) -> dict[str, Any]:
     require_proof(context.teacher_config())
     ranking = context.sections.ranking
     apart = ranking.placement == "apart" and dist.world_size() > 1 and not ranking.from_tasks
-    number, count = task_of(ranking.task) if ranking.task is not None else (dist.rank(), dist.world_size()) if apart else (0, 1)
-    number = len(candidates) if ranking.from_tasks else number  # then no candidate is this process's own
+    # with ranking.from_tasks no candidate is this process's own
+    own = (len(candidates), 1) if ranking.from_tasks else (dist.rank(), dist.world_size()) if apart else (0, 1)
+    number, count = task_of(ranking.task) if ranking.task is not None else own
     take_over([] if ranking.task else records_of_tasks(context.run_dir, out), out)
     dist.barrier()
     stopped: Interrupted | None = None
@@ -68,10 +69,9 @@ def run(context: StageContext, out: Path) -> dict[str, Any]:
     if ranking.task is not None:
         return {"task": f"{number}/{count}", "tokens": sum(record.curve[-1]["tokens"] for record in records.values() if record.curve), **told}
     rows = ranking_rows(outcome, records)
-    result = _write(out, {"candidates": rows, **told.pop("summary")})
     if (best := rows[0])["loss"] is not None:
         logger.info("  best: %s, held-out loss %.3f → %.3f", best["name"], best["zero_shot_loss"], best["loss"])
-    return result | {"tokens": sum(row["tokens"] for row in rows), **told}
+    return _write(out, {"candidates": rows, **told.pop("summary")}) | {"tokens": sum(row["tokens"] for row in rows), **told}
 
 
 def _race(
@@ -89,8 +89,8 @@ def _race(
     outcome, records = run_race(names, rules, share, only_mine=task is not None)
     trials.drop(names)
     sizes = {"tokens_per_step": training.batch_size * length, "held_out_tokens": trials.held_out_tokens, "sequence_length": length}
-    cost = cost_of(shapes, context.family().architecture, records, share_head=ranking.share_head, **sizes)
-    summary = {} if task else ranking_summary(names, rules, ranking, outcome, records) | {"cost": cost}
+    cost = {} if task else {"cost": cost_of(shapes, context.family().architecture, records, share_head=ranking.share_head, **sizes)}
+    summary = {} if task else ranking_summary(names, rules, ranking, outcome, records) | cost
     return outcome, records, {"teacher_forwards": num_forwards(), **({} if task else {"summary": summary})}
 
 

@@ -76,7 +76,7 @@ def build(root: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     hidden = [p for p in trainable if p.ndim >= 2 and vocabularies.isdisjoint(p.shape)]
     chosen = {id(p) for p in hidden}
     groups = [{**group, "orthogonal": False} for group in parameter_groups([p for p in trainable if id(p) not in chosen], config.weight_decay)]
-    sparse = {id(module.weight) for module in root.modules() if getattr(module, "keeps_zeros", False)}
+    sparse = {id(parameter) for module in root.modules() for parameter in getattr(module, "kept_parameters", ())}
     for of_sparse in (False, True):
         alike = [p for p in hidden if (id(p) in sparse) == of_sparse]
         groups.insert(0, {"params": alike, "weight_decay": config.weight_decay, "orthogonal": True, "sparse": of_sparse})

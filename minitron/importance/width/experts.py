@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from minitron.errors import ArchitectureError
 from minitron.importance.shared.forward import Forward
+from minitron.models.experts import Undo, neurons_of, routed, run_grouped, see_output
 from minitron.models.family import Family
 
 #: Takes the layer's number and the (token, expert) pairs with their values [tokens * top-k, …].
@@ -48,8 +48,8 @@ class Pairs:
 class ExpertTaps:
     """Shows neurons and outputs of experts, pair by pair.
 
-    transformers runs experts as one grouped product over (token, expert) pairs sorted by expert. The activation function in between is where
-    the neurons are seen; a norm that some families have after the second product is where outputs are seen, and is put there for the others.
+    Neurons are seen behind the activation function; outputs at a norm that some families have after the second product, and that is put there for
+    the others.
     """
 
     def __init__(self, on_neurons: OnPairs, on_outputs: OnPairs | None) -> None:
@@ -64,24 +64,9 @@ class ExpertTaps:
         """
         if not family.taps.experts:
             return
-        before = getattr(model.config, "_experts_implementation", None)
-        try:
-            model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
-        except (AttributeError, ValueError) as error:
-            raise ArchitectureError(f"experts of '{family.model_type}' cannot be observed: {error}") from error
-        if before is not None:
-            forward.on_removal(_Undo(lambda: model.set_experts_implementation(before)))  # type: ignore[operator]
+        forward.on_removal(run_grouped(model, family.model_type))
         for layer, name in family.taps.experts.items():
             _Watch(model.get_submodule(name), layer, family.architecture.num_experts, forward, self._on_neurons, self._on_outputs)
-
-
-class _Undo:
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self._function = function
-
-    def remove(self) -> None:
-        """Put things back."""
-        self._function()
 
 
 class _Watch:
@@ -92,37 +77,28 @@ class _Watch:
         self._pairs: Pairs | None = None
         experts: Any = module
         forward.before(experts, self._before, with_kwargs=True)
-        # The grouped product looks these up on the module, so that an instance can stand in for them.
-        self._stand_in(experts, "_apply_gate" if experts.has_gate else "act_fn", on_neurons)
+        self._see(experts, neurons_of(experts), on_neurons)
         if on_outputs is not None:
             if not experts.has_post_expert_norm:
                 experts.has_post_expert_norm, experts.post_expert_norm = True, nn.Identity()
-                forward.on_removal(_Undo(lambda: _without_norm(experts)))
-            self._stand_in(experts, "post_expert_norm", on_outputs)
+                forward.on_removal(Undo(lambda: _without_norm(experts)))
+            self._see(experts, "post_expert_norm", on_outputs)
 
-    def _stand_in(self, experts: Any, name: str, report: OnPairs) -> None:
-        def after(output: torch.Tensor) -> torch.Tensor:
+    def _see(self, experts: Any, name: str, report: OnPairs) -> None:
+        def see(output: torch.Tensor) -> None:
             if self._pairs is not None and not self._forward.idle:
                 report(self._layer, self._pairs, output)
-            return output
 
-        inner = getattr(experts, name)
-        if isinstance(inner, nn.Module):
-            self._forward.after(inner, lambda module, args, output: after(output))
-        else:
-            setattr(experts, name, lambda *args: after(inner(*args)))
-            self._forward.on_removal(_Undo(lambda: delattr(experts, name)))
+        self._forward.on_removal(see_output(experts, name, see))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The order in which the grouped product will run: ``chosen`` and ``weights`` [tokens, top-k]."""
-        chosen, weights = [*args, *kwargs.values()][1:3]
-        batch, sequence, top_k = self._forward.batch, self._forward.sequence, chosen.shape[1]
-        experts, order = torch.sort(chosen.reshape(-1))
-        tokens = order // top_k
+        """The order in which the grouped product will run."""
+        batch, sequence = self._forward.batch, self._forward.sequence
+        _, experts, tokens, weights = routed(args, kwargs)
         rows = tokens // sequence * self._num_experts + experts
         if self._forward.counted is not None:
             rows = torch.where(self._forward.counted.reshape(-1)[tokens], rows, batch * self._num_experts)
-        self._pairs = Pairs(rows, weights.reshape(-1)[order], self._num_experts, batch)
+        self._pairs = Pairs(rows, weights, self._num_experts, batch)
 
 
 def _without_norm(experts: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import nn
 
 from minitron import dist
 from minitron.errors import DataError
+from minitron.models.experts import run_grouped
 from minitron.models.family import Family
 from minitron.sparsify.shared.blocks import BlockWalk
+from minitron.sparsify.shared.expert_statistics import Experts, ExpertStatistics
 from minitron.sparsify.shared.method import Inputs
 from minitron.sparsify.shared.statistics import MAX_SLOTS, InputStatistics
 
@@ -55,7 +58,7 @@ class SampleWalk:
             DataError: no token counts.
         """
         samples.check()
-        self._model, self._samples = model, samples
+        self._model, self._family, self._samples = model, family, samples
         self._blocks = BlockWalk(model, family, separator=samples.separator)
         count = len(samples.ids)
         self._rows = [slice(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
@@ -75,21 +78,35 @@ class SampleWalk:
         """Read a block's weights."""
         self._blocks.load(layer)
 
-    def statistics(self, layer: int, matrices: Mapping[str, str], *, hessian: bool) -> dict[str, Inputs]:
+    def statistics(self, layer: int, matrices: Mapping[str, str], experts: Experts | None = None, *, hessian: bool) -> dict[str, Inputs]:
         """Of the inputs of a loaded block's matrices: name → module gives name → statistics, without those that nothing went through.
+
+        Those of ``experts`` are found in the same pass.
 
         Raises:
             DataError: an input is not finite.
         """
-        if not matrices:
+        if not matrices and experts is None:
             return {}
-        modules = {name: self._model.get_submodule(module) for name, module in matrices.items()}
-        sums = InputStatistics(modules, num_slots=self._num_slots, hessian=hessian, first=lambda: self._run(layer, 0))
-        for index in filter(self._own, self._hidden):
-            mask = self._samples.mask(self._rows[index])
-            with sums.observing(index // self._per_slot, None if mask is None else mask.to(dist.device())):
-                self._run(layer, index)
-        return sums.reduce()
+        with ExitStack() as whole:
+            if experts is not None:
+                whole.callback(run_grouped(self._model, self._family.model_type).remove)
+            options: dict[str, Any] = {"num_slots": self._num_slots, "hessian": hessian, "first": lambda: self._run(layer, 0)}
+            sums: list[InputStatistics | ExpertStatistics] = []
+            if matrices:
+                modules = {name: self._model.get_submodule(module) for name, module in matrices.items()}
+                sums.append(InputStatistics(modules, **options))
+            if experts is not None:
+                module, count = self._model.get_submodule(experts.module), self._family.architecture.num_experts
+                sums.append(ExpertStatistics(module, experts, num_experts=count, **options))
+            for index in filter(self._own, self._hidden):
+                mask = self._samples.mask(self._rows[index])
+                counted = None if mask is None else mask.to(dist.device())
+                with ExitStack() as stack:
+                    for some in sums:
+                        stack.enter_context(some.observing(index // self._per_slot, counted))
+                    self._run(layer, index)
+        return {name: inputs for some in sums for name, inputs in some.reduce().items()}
 
     def advance(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put sparse matrices into a loaded block, take the samples through it, and let go of it."""

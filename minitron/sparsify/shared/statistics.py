@@ -11,7 +11,7 @@ Every micro-batch runs alike on whichever rank, so what it adds is the same bits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,20 +29,67 @@ _QUANTA = 2.0**24
 _ROWS = 1024
 
 
+class Sums:
+    """Of several inputs, by their number: squares in slots, Hessians where they are asked for, and how many tokens there were."""
+
+    def __init__(self, scales: Sequence[torch.Tensor], *, num_slots: int, hessian: bool) -> None:
+        """``scales``: for every input [in] the power of two by which its columns are divided in a Hessian."""
+        widths, device = [len(scale) for scale in scales], dist.device()
+        self._slots = torch.zeros(num_slots, sum(widths), dtype=torch.float64, device=device)
+        self._parts = self._slots.split(widths, dim=1)  # views, [slots, in] per input
+        self._scales = scales
+        self._hessians = [torch.zeros(n, n, dtype=torch.float64, device=device) if hessian else None for n in widths]
+        self._num_tokens = torch.zeros(len(widths), dtype=torch.float64, device=device)
+
+    def add(self, number: int, slot: int, rows: torch.Tensor) -> None:
+        """What a micro-batch brings to an input: rows [tokens, in] float32."""
+        self._parts[number][slot] += rows.square().sum(dim=0, dtype=torch.float64)
+        self._num_tokens[number] += len(rows)
+        hessian = self._hessians[number]
+        if hessian is not None:
+            scaled = rows / self._scales[number]
+            for start in range(0, len(hessian), _ROWS):
+                product = scaled[:, start : start + _ROWS].T @ scaled
+                hessian[start : start + _ROWS] += product.double().mul_(_QUANTA).round_()
+
+    def reduce(self, names: Sequence[str]) -> list[Inputs | None]:
+        """Add up the ranks; None of an input that no token came to. Each is read once: Hessians are let go of as they are handed out.
+
+        Raises:
+            DataError: an input is not finite; it is named.
+        """
+        dist.all_reduce_sum(self._slots)
+        dist.all_reduce_sum(self._num_tokens)
+        found: list[Inputs | None] = []
+        for number, (name, part, scale, count) in enumerate(zip(names, self._parts, self._scales, self._num_tokens.tolist(), strict=True)):
+            total = part[0].clone()
+            for slot in part[1:]:
+                total += slot
+            if not torch.isfinite(total).all():
+                raise DataError(
+                    f"an input of '{name}' is NaN or infinite on the calibration samples: "
+                    "the model's activations overflow in this dtype (try teacher.dtype=float32), or its weights are damaged"
+                )
+            hessian, whole = self._hessians[number], None
+            self._hessians[number] = None
+            if hessian is not None and count:
+                dist.all_reduce_sum(hessian)
+                wide = scale.double()
+                hessian *= wide * (2.0 / (count * _QUANTA))
+                whole = hessian.mul_(wide.unsqueeze(1)).float()
+            del hessian
+            found.append(Inputs(total, whole) if count else None)
+        return found
+
+
 class InputStatistics:
     """Of one block's matrices, grouped by the tensor that they read (``groups``): queries, keys and values share one."""
 
     def __init__(self, matrices: Mapping[str, nn.Module], *, num_slots: int, hessian: bool, first: Callable[[], Any]) -> None:
         """``first`` runs the block on the first micro-batch, on every rank: it shows the groups, and the scale of the inputs."""
         self.groups: list[list[str]] = []
-        self._matrices, self._device = matrices, dist.device()
-        scales = self._look(first)
-        widths = [len(scale) for scale in scales]
-        self._slots = torch.zeros(num_slots, sum(widths), dtype=torch.float64, device=self._device)
-        self._parts = self._slots.split(widths, dim=1)  # views, [slots, in] per group
-        self._scales = scales
-        self._hessians = [torch.zeros(n, n, dtype=torch.float64, device=self._device) if hessian else None for n in widths]
-        self._num_tokens = torch.zeros(len(widths), dtype=torch.float64, device=self._device)
+        self._matrices = matrices
+        self._sums = Sums(self._look(first), num_slots=num_slots, hessian=hessian)
         self._slot = 0
         self._counted: torch.Tensor | None = None
 
@@ -64,7 +111,7 @@ class InputStatistics:
 
         with _hooked({module: note(name) for name, module in self._matrices.items()}):
             first()
-        return [_scale(_rows_of(tensor)) for tensor in seen]
+        return [scale_of(rows_of(tensor)) for tensor in seen]
 
     @contextmanager
     def observing(self, slot: int, counted: torch.Tensor | None) -> Iterator[None]:
@@ -75,17 +122,8 @@ class InputStatistics:
 
     def _add_to(self, number: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            rows = _rows_of(args[0])
-            if self._counted is not None:
-                rows = rows[self._counted.reshape(-1)]
-            self._parts[number][self._slot] += rows.square().sum(dim=0, dtype=torch.float64)
-            self._num_tokens[number] += len(rows)
-            hessian = self._hessians[number]
-            if hessian is not None:
-                scaled = rows / self._scales[number]
-                for start in range(0, len(hessian), _ROWS):
-                    product = scaled[:, start : start + _ROWS].T @ scaled
-                    hessian[start : start + _ROWS] += product.double().mul_(_QUANTA).round_()
+            rows = rows_of(args[0])
+            self._sums.add(number, self._slot, rows if self._counted is None else rows[self._counted.reshape(-1)])
 
         return hook
 
@@ -95,38 +133,24 @@ class InputStatistics:
         Raises:
             DataError: an input is not finite; its matrix is named.
         """
-        dist.all_reduce_sum(self._slots)
-        dist.all_reduce_sum(self._num_tokens)
-        found = {}
-        for group, part, scale, hessian, count in zip(self.groups, self._parts, self._scales, self._hessians, self._num_tokens, strict=True):
-            total = part[0].clone()
-            for slot in part[1:]:
-                total += slot
-            if not torch.isfinite(total).all():
-                raise DataError(
-                    f"an input of '{group[0]}' is NaN or infinite on the calibration samples: "
-                    "the model's activations overflow in this dtype (try teacher.dtype=float32), or its weights are damaged"
-                )
-            whole = None
-            if hessian is not None:
-                dist.all_reduce_sum(hessian)
-                wide = scale.double()
-                hessian *= wide * (2.0 / (float(count) * _QUANTA))
-                whole = hessian.mul_(wide.unsqueeze(1)).float()
-            inputs = Inputs(total, whole)
+        found = dict[str, Inputs]()
+        for group, inputs in zip(self.groups, self._sums.reduce([group[0] for group in self.groups]), strict=True):
+            assert inputs is not None, "some token counts"
             found.update(dict.fromkeys(group, inputs))
-        self._hessians.clear()
         return found
 
 
-def _rows_of(tensor: torch.Tensor) -> torch.Tensor:
+def rows_of(tensor: torch.Tensor) -> torch.Tensor:
     """An input [..., in] as rows [tokens, in] in float32."""
     return tensor.reshape(-1, tensor.shape[-1]).float()
 
 
-def _scale(rows: torch.Tensor) -> torch.Tensor:
-    """[in]: the power of two near the norm of each column, or near their mean where a column is empty or not finite."""
-    norms = torch.linalg.vector_norm(rows, dim=0)
+def scale_of(rows: torch.Tensor, *, share: float = 1.0) -> torch.Tensor:
+    """[in]: the power of two near the norm of each column, or near their mean where a column is empty or not finite.
+
+    ``share`` is how many of the rows come to one input.
+    """
+    norms = torch.linalg.vector_norm(rows, dim=0) * share**0.5
     good = torch.isfinite(norms) & (norms > 0)
     usual = norms[good].mean() if bool(good.any()) else norms.new_ones(())
     return torch.exp2(torch.where(good, norms, usual).log2().floor())
