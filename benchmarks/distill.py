@@ -183,7 +183,8 @@ class Trl:
             model=subject.student(), teacher_model=teacher, args=settings, train_dataset=rows, processing_class=subject.tokenizer
         )
         self.trainer.create_optimizer()
-        self.trainer.optimizer = self.trainer.accelerator.prepare(self.trainer.optimizer)
+        # without this its forward would not run under autocast
+        self.trainer.model, self.trainer.optimizer = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
         self.batches, self.loss = subject.batches(micro), float("nan")
 
     def step(self) -> None:
