@@ -14,8 +14,8 @@ SmolLM2-135M teaches a student of 108M parameters forward KL on the same text, A
 - **plain**: both logits whole, `F.kl_div`. **trl**: TRL's GKD trainer, off-policy, the same loss.
 - **selective**: minitron with `engine.activation_checkpointing=selective`.
 - **cross entropy**: the same student without a teacher. **cached**: its teacher's hidden states, or likeliest tokens, read from files.
-- **bf16** on a processor without bf16 units, where some of torch's bf16 products take 50 times longer than those in float32, hence few tokens; the loss
-  multiplies by heads in float32 on any CPU. Nobody should train there in bf16, and `auto` does not.
+- **bf16** on a processor without bf16 units, where some of torch's bf16 products take 50 times longer than those in float32, hence few tokens; the
+  loss multiplies by heads in float32 on any CPU. Nobody should train there in bf16, and `auto` does not.
 """
 _NAMES = {
     "ours": "minitron",
