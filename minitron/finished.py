@@ -24,13 +24,18 @@ def finished(folder: Path, stage: str | None = None) -> bool:
     cascade = folder / CASCADE_FILE
     if cascade.is_file():
         sizes = json.loads(cascade.read_text())["sizes"]
-        return all("measured" in size and finished(folder / size["name"], stage) for size in sizes)
+        return all("measured" in size and _run_finished(folder / size["name"], stage, ever=True) for size in sizes)
+    return _run_finished(folder, stage)
+
+
+def _run_finished(folder: Path, stage: str | None, *, ever: bool = False) -> bool:
+    """``ever``: the stages of all commands in the folder, not of the last: a size may be cut by one command and distilled by another."""
     path = folder / RUN_FILE
     if not path.is_file():
         return False
     document = json.loads(path.read_text())
-    stages = [stage] if stage is not None else document.get("stages", [])
     folders = document.get("folders", {})
+    stages = [stage] if stage is not None else list(folders) if ever else document.get("stages", [])
     return bool(stages) and all(_complete(folder / (folders.get(name) or _folder_of(name)), name) for name in stages)
 
 
