@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import ctypes
 import gc
 import json
 import platform
@@ -347,6 +348,8 @@ def measure(subject: Subject, names: list[str], micro: int, rounds: int) -> dict
     row["products_seconds"] = products(subject, micro)
     if GPU:
         return row
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system: the measurements below want it in processes of their own
     row["peak_bytes"] = {}
     for name in ("ours", "selective", "plain", "trl"):
         if name not in row["seconds"]:
