@@ -110,7 +110,7 @@ STYLE += """
 .teacher{--c:var(--teacher)}.pruned{--c:var(--pruned)}.student{--c:var(--student)}.other{--c:var(--other)}
 .term0{--c:var(--term0)}.term1{--c:var(--term1)}.term2{--c:var(--term2)}.sparse,.export{--c:var(--term0)}
 svg{display:block;width:100%;height:auto;overflow:visible;font-family:var(--sans)}
-svg.mini{width:128px;height:16px}
+svg.mini{width:96px;height:16px}
 .narrow{display:none}
 .tick{font-size:12px;fill:var(--soft)}
 .axis{font-size:12px;fill:var(--soft)}

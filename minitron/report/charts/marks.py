@@ -61,7 +61,7 @@ def damage_scale(teacher: Point, pruned: Point, student: Point | None, *, width:
     )
 
 
-def dumbbell(before: float, after: float, *, everything: Sequence[float], style: str, words: str, width: int = 128) -> Html:
+def dumbbell(before: float, after: float, *, everything: Sequence[float], style: str, words: str, width: int = 96) -> Html:
     """Loss before (hollow) and after (full) on a scale common to all rows of a table."""
     scale = linear(everything, start=7.0, end=width - 7.0, exact=True)
     a, b = scale(before), scale(after)

@@ -39,7 +39,7 @@ def _ranking(run: Run) -> Html:
         cells: list[Child] = [str(position), label, count(parameters)]
         cells += [loss(before), loss(after), drawing, loss(finite(row.get("kl")))]
         rows.append([*cells, *_costs(run, name)])
-    header = ["#", "candidate", "parameters", "zero-shot", "tested", "○ zero-shot ● tested", "KL", "FLOPs/token", "KV cache", "decode"]
+    header = ["#", "candidate", "parameters", "zero-shot", "tested", "○ → ●", "KL", "FLOPs/token", "KV cache", "decode"]
     wide = 7 + max((place for cell in rows for place in (1, 2, 3) if cell[6 + place] != "–"), default=0)
     classes = ["n", "code", "n opt", "n", "n", "opt nowrap", "n opt", "n opt roomy", "n opt roomy", "n opt roomy"]
     return table(header[:wide], [cells[:wide] for cells in rows], classes=classes)
