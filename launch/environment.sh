@@ -224,8 +224,6 @@ set_rank_environment() {
     num_cores="$("$1" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
     # Without it torch takes all cores in each process (torchrun: one), and processes that share cores wait for each other's threads.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((num_cores > $2 ? num_cores / $2 : 1))}"
-    # Threads that spin at barriers take the cores from threads that work (measured: minitron/host.py).
-    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
     # Steps of several lengths and the teacher's passing blocks leave holes between fixed pieces; pieces that grow leave none.
     export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}"
     # NCCL says nothing by itself: with this a collective that fails has its reason (a network card, a version) in the rank's log.
@@ -239,7 +237,7 @@ set_rank_environment() {
     # After a SIGTERM torchrun gives the ranks this many seconds to write their checkpoint, then kills them (its own default: 30).
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
     RANK_SETTINGS=()
-    for name in OMP_NUM_THREADS OMP_WAIT_POLICY PYTORCH_ALLOC_CONF NCCL_DEBUG PYTHONWARNINGS HYDRA_FULL_ERROR PYTHONUNBUFFERED MINITRON_LOGS; do
+    for name in OMP_NUM_THREADS OMP_WAIT_POLICY GOMP_SPINCOUNT KMP_BLOCKTIME PYTORCH_ALLOC_CONF NCCL_DEBUG PYTHONWARNINGS HYDRA_FULL_ERROR PYTHONUNBUFFERED MINITRON_LOGS; do
         if [[ -n "${!name:-}" ]]; then RANK_SETTINGS+=("$name=${!name}"); fi
     done
     # SIGUSR1 asks the ranks to checkpoint and leave. A launcher would die of it and take them along; the ranks set their own handler.
