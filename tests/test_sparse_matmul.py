@@ -96,7 +96,7 @@ def test_shapes_of_x_and_torch_machinery() -> None:
     assert y.shape == (2, 3, 9)
     assert_product(y.view(6, 9), x, weight, bias)
     assert sparse_linear(x[0], packed).shape == (9,) and sparse_linear(x[:0], packed).shape == (0, 9)
-    torch.library.opcheck(sparse_rows.sparse_rows, (x, packed.bitmap, packed.values, packed.row_starts, bias))
+    torch.library.opcheck(torch.ops.minitron.sparse_rows.default, (x, packed.bitmap, packed.values, packed.row_starts, bias))
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -144,10 +144,14 @@ class SparseLinear(nn.Module):
             return nn.functional.linear(x, self.weight, self.bias)
         if x.is_cuda:
             return self._on_gpu(x)
-        bitmap, values, row_starts, bias = self.bitmap, self.values, self.row_starts, self.bias
-        assert bitmap is not None and row_starts is not None, "the weight has become tiles"
-        direct = not torch.compiler.is_compiling() and values.dtype == x.dtype and values.device == x.device and x.shape[-1] == self.in_features
-        return (run_rows if direct else sparse_rows)(x, bitmap, values, row_starts, bias)
+        if torch.compiler.is_compiling():
+            packed = self.packed()
+            return sparse_rows(x, packed.bitmap, packed.values, packed.row_starts, self.bias)
+        parts = self._buffers  # looking up attributes of a module takes as long as a small product
+        bitmap, values, row_starts, bias = parts["bitmap"], parts["values"], parts["row_starts"], parts["bias"]
+        assert bitmap is not None and values is not None and row_starts is not None, "the weight has become tiles"
+        fits = values.dtype == x.dtype and values.device == x.device and x.shape[-1] == self.in_features
+        return (run_rows if fits else sparse_rows)(x, bitmap, values, row_starts, bias)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -166,13 +170,14 @@ class SparseLinear(nn.Module):
         return on_gpu.TiledWeight(self.header, self.values, self.starts, self.max_values, (self.out_features, self.in_features))
 
     def _packed(self, num: int, x: torch.Tensor) -> bool:
-        shape, at_hand = (self.out_features, self.in_features), self.dense is not None
+        shape, at_hand = (self.out_features, self.in_features), self._buffers["dense"] is not None
         if torch.compiler.is_compiling():
             return packed_wins(shape, self.density, x.dtype, x.device, num, dense_at_hand=at_hand)
         key = (num, x.dtype, x.device, os.environ.get(SWITCH), torch.get_num_threads())
-        if key not in self._choices:
-            self._choices[key] = packed_wins(shape, self.density, x.dtype, x.device, num, dense_at_hand=at_hand)
-        return self._choices[key]
+        known = self._choices.get(key)
+        if known is None:
+            known = self._choices[key] = packed_wins(shape, self.density, x.dtype, x.device, num, dense_at_hand=at_hand)
+        return known
 
     def _on_gpu(self, x: torch.Tensor) -> torch.Tensor:
         if self.bitmap is not None:
