@@ -5,9 +5,9 @@
     python benchmarks/search.py --only shared [--k 8 --k-steps 4]               # 8 candidates side by side, and as 8 runs with a teacher each
     python benchmarks/search.py --only page                                     # only write the page from what is done
 
-1. ``toy``, ``smollm2``: for every seed a full ranking and one by halving. Written down: everybody's rank before training and after 25, 50 and 100%
-   of the steps, Kendall's τ of every evaluation with the end, exact FLOPs of both, the regret of what halving chose beside the standard error of the
-   lead (paired bootstrap over the held-out sequences), and how often halving finds the best on subsets of the recorded curves.
+1. ``toy``, ``smollm2``: for every seed a full ranking, and for ``toy`` one by halving. Written down: everybody's rank before training and after 25,
+   50 and 100% of the steps, Kendall's τ of every evaluation with the end, exact FLOPs of both, the regret of what halving chose beside the standard
+   error of the lead (paired bootstrap over the held-out sequences), and how often ways of halving find the best on subsets of the recorded curves.
 2. ``shared``: seconds of processor time of both ways in turns (A B A B) in one process, beside the ratio of FLOPs that the cost model says.
 
 Rankings are gone on with where they were, at any point: run folders stay in ``--folder``. Writes ``<out>/<machine>/search.json`` and
@@ -17,9 +17,9 @@ Rankings are gone on with where they were, at any point: run folders stay in ``-
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
-import random
 import shutil
 import statistics
 import sys
@@ -38,7 +38,7 @@ import torch  # noqa: E402
 from search_page import write_page  # noqa: E402
 
 from minitron.cli import main as minitron  # noqa: E402
-from minitron.search.race import RaceRules, halving_rungs, losses_at, replay  # noqa: E402
+from minitron.search.race import RaceRules, Rung, halving_rungs, losses_at, replay  # noqa: E402
 from minitron.search.statistics import kendall_tau, paired_gap  # noqa: E402
 from minitron.search.trials import Record  # noqa: E402
 
@@ -48,7 +48,7 @@ SHARES = (0.0, 0.25, 0.5, 1.0)
 
 @dataclass(frozen=True)
 class Suite:
-    """A teacher, a space and a length; ``words`` are overrides for all stages."""
+    """A teacher, a space and a length; ``words`` are overrides for all stages; ``halving`` says whether halving is run, too, beside the replays."""
 
     words: tuple[str, ...]
     candidates: int
@@ -56,6 +56,7 @@ class Suite:
     every: int
     held_out: int
     seeds: tuple[int, ...]
+    halving: bool
 
 
 _SMOLLM2 = (
@@ -91,8 +92,8 @@ _TOY = (
     "ranking.num_warmup_steps=10",
 )
 SUITES = {
-    "toy": Suite(_TOY, 18, 300, 25, 24, (0, 1, 2)),
-    "smollm2": Suite(_SMOLLM2, 6, 60, 5, 16, (0,)),
+    "toy": Suite(_TOY, 18, 300, 25, 24, (0, 1, 2), True),
+    "smollm2": Suite(_SMOLLM2, 6, 60, 5, 16, (0,), False),
 }
 
 
@@ -156,47 +157,73 @@ def ranked(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         words = overrides(suite, options, folder / "base", seed=seed)
         base = begin(folder / "base", words)
         full, took = rank(folder / "full", base, words)
-        short, _ = rank(folder / "halving", base, words, "ranking.method=halving")
-        ends = {row["name"]: row["loss"] for row in full["candidates"] if row["status"] == "ok"}
-        chosen = short["candidates"][0]["name"]
         row = {
             "seed": seed,
             "candidates": len(full["candidates"]),
             "steps": suite.steps,
+            "every": suite.every,
             "processor_seconds": took,
-            "flops": {"full_independent": full["cost"]["full_independent"], "full": full["cost"]["shared"], "halving": short["cost"]["shared"]},
-            "flops_ratio": full["cost"]["full_independent"] / short["cost"]["shared"],
+            "flops": {"full_independent": full["cost"]["full_independent"], "full": full["cost"]["shared"]},
             "best": full["candidates"][0]["name"],
-            "chosen": chosen,
-            "regret": ends[chosen] - min(ends.values()),
             "lead_of_the_best": full.get("lead"),
             "zero_shot_tau": full.get("zero_shot_tau"),
             **settling(records(folder / "full")),
         }
+        if suite.halving:
+            short, _ = rank(folder / "halving", base, words, "ranking.method=halving")
+            chosen = short["candidates"][0]["name"]
+            row["flops"]["halving"], row["chosen"] = short["cost"]["shared"], chosen
+            row["flops_ratio"] = full["cost"]["full_independent"] / short["cost"]["shared"]
+            row["regret"] = row["losses"][chosen] - min(row["losses"].values())
         rows.append(row)
         print(json.dumps({key: value for key, value in row.items() if key not in ("ranks", "losses")}), flush=True)
     return rows
 
 
-def replayed(name: str, options: argparse.Namespace, *, draws: int = 400) -> dict[str, Any]:
-    """Halving on subsets of two thirds of the recorded curves: how often it finds the best, or one within two standard errors of it."""
-    suite, agreed, as_good, shares = options.suites[name], 0, 0, []
-    curves_of = {seed: records(options.folder / f"{name}-{seed}" / "full") for seed in options.seeds or suite.seeds}
-    draw = random.Random(0)
-    for number in range(draws):
-        curves = curves_of[(options.seeds or suite.seeds)[number % len(curves_of)]]
-        names = sorted(draw.sample(sorted(curves), max(3, len(curves) * 2 // 3)))
-        steps = [point["step"] for point in curves[names[0]]]
-        wanted = halving_rungs(len(names), num_steps=steps[-1], eta=3.0, first=steps[1])
-        moved = {min(steps[1:-1], key=lambda step: abs(step - rung.step)): rung for rung in wanted}  # noqa: B023
-        rungs = tuple(replace(rung, step=step) for step, rung in sorted(moved.items()))
-        outcome = replay(names, RaceRules(steps[-1], steps[1], rungs, 0.15), curves=curves)
+#: Ways of halving that are replayed: title, rungs as shares of the steps (None: by η = 3), share of a doubling's fall that each doubling brings.
+REPLAYS = (
+    ("rungs by η = 3, losses as they are", None, 0.0),
+    ("rungs by η = 3, losses extrapolated", None, 0.1),
+    ("rungs at 1/12 and 1/6 of the steps, losses extrapolated", (1 / 12, 1 / 6), 0.1),
+)
+
+
+def replayed(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Halving on the recorded curves without every pair of candidates: how often it finds the best, or one within two standard errors of it."""
+    suite, rows = options.suites[name], []
+    for seed in options.seeds or suite.seeds:
+        curves = records(options.folder / f"{name}-{seed}" / "full")
+        rows += [{"seed": seed, "way": title, **replays(curves, shares, extrapolate)} for title, shares, extrapolate in REPLAYS]
+    return rows
+
+
+def replays(everybody: dict[str, list[dict[str, Any]]], shares: tuple[float, ...] | None, extrapolate: float) -> dict[str, Any]:
+    """One way of halving on all subsets that lack two candidates; rungs lie at evaluations."""
+    steps = [point["step"] for point in next(iter(everybody.values()))]
+    agreed, as_good, cost, regrets = 0, 0, [], []
+    for left_out in itertools.combinations(everybody, 2):
+        names = [name for name in everybody if name not in left_out]
+        curves = {name: everybody[name] for name in names}
+        rungs = halving_rungs(len(names), num_steps=steps[-1], eta=3.0, first=steps[1])
+        if shares is not None:
+            rungs = tuple(Rung(round(share * steps[-1]), max(2, round(len(names) / 3.0**number))) for number, share in enumerate(shares, start=1))
+        moved = {min(steps[1:-1], key=lambda step: abs(step - rung.step)): rung for rung in rungs}  # noqa: B023
+        rules = RaceRules(steps[-1], steps[1], tuple(replace(rung, step=step) for step, rung in sorted(moved.items())), 0.15, False, extrapolate)
+        outcome = replay(names, rules, curves=curves)
         ends = dict(zip(names, losses_at(curves, names, steps[-1]), strict=True))
         best, chosen = min(ends, key=ends.__getitem__), outcome.order[0]
         gap, error = paired_gap(curves[best][-1]["sequences"], curves[chosen][-1]["sequences"]) if best != chosen else (0.0, 1.0)
         agreed, as_good = agreed + (best == chosen), as_good + (gap <= 2 * error)
-        shares.append(sum(outcome.steps.values()) / (len(names) * steps[-1]))
-    return {"draws": draws, "top_1": agreed / draws, "top_1_or_as_good": as_good / draws, "median_share_of_steps": statistics.median(shares)}
+        regrets.append(ends[chosen] - ends[best])
+        cost.append(sum(outcome.steps.values()) / (len(names) * steps[-1]))
+    count = len(cost)
+    return {
+        "subsets": count,
+        "top_1": agreed / count,
+        "top_1_or_as_good": as_good / count,
+        "mean_regret": statistics.mean(regrets),
+        "share_of_steps": statistics.median(cost),
+    }
 
 
 def shared_teacher(options: argparse.Namespace) -> dict[str, Any]:

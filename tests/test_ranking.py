@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from minitron.core.cost import ranking_flops
 from minitron.distill.settings import TrainingConfig
 from minitron.errors import ConfigError
 from minitron.search.placement import group_size
-from minitron.search.race import RaceRules, Rung, halving_rungs, losses_at, promoted, race, replay, settled
+from minitron.search.race import RaceRules, Rung, extrapolated, halving_rungs, losses_at, promoted, race, replay, settled
 from minitron.search.ranking import RankingConfig, task_of
 from minitron.search.statistics import kendall_tau, paired_gap
 
@@ -424,6 +425,7 @@ def test_costs(full: Path, halved: Path, place: Path) -> None:
         ({"task": "four"}, "ranking.task=four is not of the form number/count"),
         ({"eta": 1.0}, "ranking.eta=1.0 must be above 1"),
         ({"rescue": 1.0}, "ranking.rescue=1.0 is not a share"),
+        ({"extrapolate": -0.1}, "ranking.extrapolate=-0.1 is not a share"),
         ({"rungs": [50, 40]}, "must rise and end below"),
         ({"rungs": [400]}, "must rise and end below"),
         ({"rungs": [5, 40]}, "the first rung lies inside the warm-up of 10 steps"),
@@ -529,6 +531,22 @@ def test_a_late_bloomer_is_rescued() -> None:
     assert promoted(curves, list(losses), Rung(10, 3), rescue=0.0) == ["a", "b", "c"]
     assert promoted(curves, list(losses), Rung(10, 3), rescue=0.34) == ["a", "b", "d"]
     assert promoted(curves, list(losses), Rung(10, 1), rescue=0.9) == ["a"]  # the best always stays
+
+
+def test_halving_looks_ahead() -> None:
+    """Whoever fell more over the last doubling of the steps is ahead at the end; the start and losses that are not finite say nothing."""
+    losses = {"shallow": (5.0, 4.90, 4.88), "narrow": (9.0, 5.20, 4.92), "lost": (9.0, math.inf, 4.95)}
+    curves = {
+        name: [{"step": 0, "loss": start}, {"step": 12, "loss": half}, {"step": 25, "loss": now}] for name, (start, half, now) in losses.items()
+    }
+    names = list(losses)
+    assert promoted(curves, names, Rung(25, 1), rescue=0.0, num_steps=100) == ["shallow"]
+    assert promoted(curves, names, Rung(25, 1), rescue=0.0, num_steps=100, extrapolate=0.1) == ["narrow"]
+    assert extrapolated(curves, names, 25, num_steps=100, share=0.1) == pytest.approx([4.88 - 0.2 * 0.02, 4.92 - 0.2 * 0.28, 4.95])
+    assert extrapolated(curves, names, 12, num_steps=100, share=0.1) == [4.90, 5.20, math.inf]  # the start is no point of the curve
+    rules = RaceRules(100, 50, (Rung(25, 1),), extrapolate=0.1)
+    assert rules.evaluations == [0, 12, 25, 50, 100] and replay(names, rules, curves=curves).order[0] == "narrow"
+    assert replace(rules, extrapolate=0.0).evaluations == [0, 25, 50, 100]
 
 
 def test_a_settled_order_stops_the_race() -> None:

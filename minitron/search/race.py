@@ -26,19 +26,21 @@ class Rung:
 
 @dataclass(frozen=True)
 class RaceRules:
-    """How far candidates are trained and who goes on; ``rungs`` empty means that all do."""
+    """How far candidates are trained and who goes on; ``rungs`` empty means that all do; ``rescue`` and ``extrapolate`` as :func:`promoted` says."""
 
     num_steps: int
     evaluate_every: int
     rungs: tuple[Rung, ...] = ()
     rescue: float = 0.0
     stop_when_stable: bool = False
+    extrapolate: float = 0.0
 
     @property
     def evaluations(self) -> list[int]:
-        """Steps at which held-out losses are measured: the start, every few steps, the rungs and the end."""
+        """Steps at which held-out losses are measured: the start, every few steps, the rungs, half-way to them where that is asked for, the end."""
         regular = range(self.evaluate_every, self.num_steps, self.evaluate_every) if self.evaluate_every > 0 else ()
-        return sorted({0, *regular, *(rung.step for rung in self.rungs), self.num_steps})
+        halves = [rung.step // 2 for rung in self.rungs if self.extrapolate > 0.0]
+        return sorted({0, *regular, *halves, *(rung.step for rung in self.rungs), self.num_steps})
 
     @property
     def decisions(self) -> list[int]:
@@ -73,10 +75,28 @@ def losses_at(curves: Mapping[str, Sequence[Point]], names: Sequence[str], step:
     return [loss if math.isfinite(loss) else math.inf for loss in found]
 
 
-def promoted(curves: Mapping[str, Sequence[Point]], alive: Sequence[str], rung: Rung, *, rescue: float) -> list[str]:
-    """Who goes on after a rung: the lowest losses, and on the share ``rescue`` of the places whoever of the rest falls fastest."""
+def extrapolated(curves: Mapping[str, Sequence[Point]], names: Sequence[str], step: int, *, num_steps: int, share: float) -> list[float]:
+    """The losses that candidates at ``step`` may end with: each doubling of the steps still to come brings ``share`` of what the last one brought.
+
+    The last doubling is measured from the latest evaluation after the start and no later than half of ``step``; where there is none, losses stay
+    as they are. Cut widths begin high and fall for long, cut depth begins low and stays: early losses alone favour the latter.
+    """
+    now = losses_at(curves, names, step)
+    earlier = [point["step"] for point in curves[names[0]] if 0 < point["step"] <= step / 2] if names else []
+    if not earlier or not share:
+        return now
+    doublings, before = math.log2(num_steps / step), losses_at(curves, names, max(earlier))
+    return [loss - share * doublings * (then - loss) if math.isfinite(then) else loss for loss, then in zip(now, before, strict=True)]
+
+
+def promoted(
+    curves: Mapping[str, Sequence[Point]], alive: Sequence[str], rung: Rung, *, rescue: float, num_steps: int = 0, extrapolate: float = 0.0
+) -> list[str]:
+    """Who goes on after a rung: the lowest losses, extrapolated to ``num_steps`` with the share ``extrapolate`` (:func:`extrapolated`), and on the
+    share ``rescue`` of the places whoever of the rest falls fastest."""
     now = dict(zip(alive, losses_at(curves, alive, rung.step), strict=True))
-    ranked = sorted(alive, key=lambda name: (now[name], name))
+    ahead = dict(zip(alive, extrapolated(curves, alive, rung.step, num_steps=num_steps, share=extrapolate), strict=True))
+    ranked = sorted(alive, key=lambda name: (ahead[name], name))
     keep = min(rung.keep, len(alive))
     num_rescued = min(round(rescue * keep), keep - 1)
     sure, rest = ranked[: keep - num_rescued], ranked[keep - num_rescued :]
@@ -117,7 +137,7 @@ def race(names: Sequence[str], rules: RaceRules, *, curves: Mapping[str, Sequenc
         alive = [name for name in alive if name not in failed]
         outcome.steps |= dict.fromkeys(alive, step)
         if step in rungs and len(alive) > rungs[step].keep:
-            stay = promoted(curves, alive, rungs[step], rescue=rules.rescue)
+            stay = promoted(curves, alive, rungs[step], rescue=rules.rescue, num_steps=rules.num_steps, extrapolate=rules.extrapolate)
             dropped.append(_by_loss(curves, [name for name in alive if name not in stay], step))
             alive = stay
             outcome.survivors.append((step, list(stay)))

@@ -39,6 +39,9 @@ class RankingConfig:
     rungs: list[int] | None = option(
         None, "halving: steps of the rungs; null: num_steps divided by eta again and again, none before the warm-up ends"
     )
+    extrapolate: float = option(
+        0.1, "halving: losses as they may be at the end, if each doubling of the steps brings this share of what the last one brought; 0: as they are"
+    )
     rescue: float = option(0.15, "halving: share of the places that go to those whose loss falls fastest")
     stop_when_stable: bool = option(False, "stop when the order has settled: Kendall's tau of 0.9 three times, and a lead of two standard errors")
     placement: str = option(
@@ -86,7 +89,7 @@ class RankingConfig:
             rungs = halving_rungs(num_candidates, num_steps=self.num_steps, eta=self.eta, first=max(num_warmup_steps, 1))
             if self.rungs is not None:
                 rungs = tuple(Rung(step, max(2, round(num_candidates / self.eta**number))) for number, step in enumerate(self.rungs, start=1))
-        return RaceRules(self.num_steps, self.evaluate_every, rungs, self.rescue, self.stop_when_stable)
+        return RaceRules(self.num_steps, self.evaluate_every, rungs, self.rescue, self.stop_when_stable, self.extrapolate)
 
     def check(self, base: TrainingConfig) -> None:
         """Refuse what cannot work before anything is loaded.
@@ -107,6 +110,8 @@ class RankingConfig:
                 raise ConfigError(f"ranking.{name}={number} must be at least 1")
         if self.eta <= 1.0:
             raise ConfigError(f"ranking.eta={self.eta} must be above 1: one candidate in eta stays at a rung")
+        if not 0.0 <= self.extrapolate < 1.0:
+            raise ConfigError(f"ranking.extrapolate={self.extrapolate} is not a share: give a number from 0 and below 1")
         if not 0.0 <= self.rescue < 1.0:
             raise ConfigError(f"ranking.rescue={self.rescue} is not a share: give a number from 0 and below 1")
         warmup = self.training(base).num_warmup_steps
@@ -130,7 +135,7 @@ class RankingConfig:
         if self.tasks:
             found |= {"tasks": self.tasks, "evaluate_every": self.evaluate_every}
         if self.method == "halving":
-            found |= {"eta": self.eta, "rungs": self.rungs, "rescue": self.rescue}
+            found |= {"eta": self.eta, "rungs": self.rungs, "extrapolate": self.extrapolate, "rescue": self.rescue}
         if self.stop_when_stable or self.method == "halving":
             found |= {"stop_when_stable": self.stop_when_stable, "evaluate_every": self.evaluate_every}
         return found
@@ -242,7 +247,8 @@ def regret_of(names: Sequence[str], full: RaceRules, curves: dict[str, list[dict
     rungs = halving_rungs(len(names), num_steps=full.num_steps, eta=settings.eta, first=1)
     made = [step for step in full.evaluations if step > 0]
     moved = {min(made, key=lambda step: abs(step - rung.step)): rung.keep for rung in rungs}
-    rules = replace(full, rungs=tuple(Rung(step, keep) for step, keep in sorted(moved.items()) if step < full.num_steps), rescue=settings.rescue)
+    kept = tuple(Rung(step, keep) for step, keep in sorted(moved.items()) if step < full.num_steps)
+    rules = replace(full, rungs=kept, rescue=settings.rescue, extrapolate=settings.extrapolate)
     outcome = replay(names, rules, curves=curves)
     ends = dict(zip(names, losses_at(curves, names, full.num_steps), strict=True))
     share = sum(outcome.steps.values()) / (len(names) * full.num_steps)
