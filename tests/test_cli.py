@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import pytest
 from helpers_models import tiny_llama
 from helpers_text import write_jsonl
 
-from minitron import __version__
+from minitron import __version__, host
 from minitron.cli import main
 from minitron.config import SECTIONS
 from minitron.stages import STAGES, load_stage
@@ -348,3 +349,22 @@ def test_plan_for_people_and_bad_plans(refused: Refused, options: list[str], cap
     out = capsys.readouterr().out
     assert "75,216 parameters" in out and "distill" in out and not (tmp_path / "run").exists()
     assert "device 'h1000' is unknown; did you mean 'h100'?" in refused("plan", "experiment=minitron_4b", "--device", "h1000")
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, (None, "5000", "0")),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, ("PASSIVE", None, None)),
+        ({"GOMP_SPINCOUNT": "7"}, (None, "7", "0")),
+    ],
+)
+def test_idle_threads_of_openmp_do_as_the_user_says(given: dict[str, str], wanted: tuple[str | None, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They spin for a moment where nothing is said; a policy that is said stays, and nothing overrules it."""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    host.prepare()
+    assert tuple(os.environ.get(name) for name in names) == wanted
