@@ -104,7 +104,7 @@ def halved(place: Path) -> Path:
     return run
 
 
-HALVING = ("ranking.method=halving", "ranking.rungs=[2,4]", "ranking.rescue=0", "ranking.eta=1.4")  # 4 → 3 → 2
+HALVING = ("ranking.method=halving", "ranking.rungs=[2,4]", "ranking.extrapolate=0", "ranking.rescue=0", "ranking.eta=1.4")  # 4 → 3 → 2
 
 
 def manifest(run: Path, folder: str = "ranking") -> dict[str, Any]:
@@ -182,6 +182,18 @@ def test_halving_leaves_the_worst_behind(full: Path, halved: Path, place: Path, 
     assert same(run, halved, 0.0)
     cost, whole = ranking(halved)["cost"], ranking(full)["cost"]
     assert cost["shared"] < cost["independent"] < cost["full_independent"] == whole["full_independent"] == whole["independent"]
+
+
+def test_halving_measures_half_way_and_extrapolates(full: Path, place: Path, tmp_path: Path) -> None:
+    """Losses at half of every rung are there, and who goes on is what the rules say of the curves; they are those of the full run."""
+    run = begun(place, tmp_path / "run")
+    assert main(["rank", *options(place, run, *HALVING, "ranking.extrapolate=0.9")]) == 0
+    curves = {row["name"]: row["curve"] for row in ranking(run)["candidates"]}
+    assert {point["step"] for point in curves[ranking(run)["candidates"][0]["name"]]} == {0, 1, 2, 4, 6}
+    expected = replay(sorted(curves), RaceRules(STEPS, 2, (Rung(2, 3), Rung(4, 2)), extrapolate=0.9), curves=curves)
+    assert list(curves) == expected.order and [rung["step"] for rung in ranking(run)["rungs"]] == [2, 4]
+    whole = {row["name"]: row["curve"] for row in ranking(full)["candidates"]}
+    assert all(point in whole[name] for name, curve in curves.items() for point in curve if point["step"] != 1)
 
 
 def test_a_stopped_ranking_goes_on(halved: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
