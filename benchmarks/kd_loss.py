@@ -4,7 +4,8 @@
 
 Prints a table and writes ``<out>/<machine>/kd_loss.json``, ``<out>/kd_loss.md`` and ``<out>/kd_loss_memory.svg``: medians with their 20th and 80th
 percentile, process CPU time beside wall time on CPUs, extra memory, and beside every time the error of the gradients against float64.
-Liger is measured where ``liger_kernel`` can be imported; ``--compiled`` adds materialised logits under torch.compile.
+Liger is measured where ``liger_kernel`` can be imported; ``--compiled`` adds materialised logits under torch.compile. On CPUs some take their turns
+in a plain script, too: a process that leaves the allocator and the threads as they come, where minitron's own keep freed memory.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import Any
 
 from minitron import host
 
-host.prepare()  # the settings under which minitron itself runs, and before torch is loaded
+if "--plain" not in sys.argv:
+    host.prepare()  # the settings under which minitron itself runs, and before torch is loaded
 
 import torch  # noqa: E402
 
@@ -160,12 +162,47 @@ def ways(case: Case, compiled: bool) -> dict[str, Callable[[], None]]:
     return found | {f"ours ({name})": lambda name=name: case.ours(name) for name in OURS}  # type: ignore[misc]
 
 
+class PlainScript:
+    """A way in a process that says nothing to the allocator: glibc hands large tensors out in fresh pages and takes them back, call by call."""
+
+    def __init__(self, way: str, case: Case) -> None:
+        command = [sys.executable, __file__, "--plain", way, "--shape", json.dumps({**case.shape, "dtype": str(case.dtype).removeprefix("torch.")})]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self) -> tuple[float, float]:
+        """One call there: seconds of wall and process."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print("go", file=self._process.stdin, flush=True)
+        wall, process = self._process.stdout.readline().split()
+        return float(wall), float(process)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+def _serve(way: str, shape: dict[str, Any]) -> None:
+    """The other side of :class:`PlainScript`."""
+    case = Case(*(shape[name] for name in ("rows", "hidden", "teacher_hidden", "vocab")), getattr(torch, shape["dtype"]), shape["near"])
+    for _ in sys.stdin:
+        case.clear()
+        start, cpu = time.perf_counter(), time.process_time()
+        ways(case, False)[way]()
+        print(time.perf_counter() - start, time.process_time() - cpu, flush=True)
+
+
 def measure(case: Case, repeats: int, compiled: bool) -> dict[str, Any]:
     """Seconds of wall and process, extra bytes (GPU) and errors of each way, in turns."""
     wall: dict[str, list[float]] = {}
     process: dict[str, list[float]] = {}
     errors, memory = {}, {}
+    plain = {} if GPU else {f"{way}, plain script": PlainScript(way, case) for way in ("naive", f"ours ({OURS[-1]})")}
     for turn in range(repeats + 1):
+        for name, script in plain.items():
+            taken, worked = script()
+            if turn:
+                wall.setdefault(name, []).append(taken)
+                process.setdefault(name, []).append(worked)
         for name, way in ways(case, compiled).items():
             case.clear()
             before = _start()
@@ -179,6 +216,8 @@ def measure(case: Case, repeats: int, compiled: bool) -> dict[str, Any]:
                 process.setdefault(name, []).append(time.process_time() - cpu)
             elif name != "products":
                 errors[name] = case.errors()
+    for script in plain.values():
+        script.close()
     spread = {name: dict(zip(("p20", "median", "p80"), _percentiles(values), strict=True)) for name, values in wall.items()}
     cpu_seconds = {} if GPU else {name: statistics.median(values) for name, values in process.items()}
     return {**case.shape, "seconds": spread, "cpu_seconds": cpu_seconds, "gradient_errors": errors, "extra_bytes": memory}
@@ -265,7 +304,7 @@ def _show(row: dict[str, Any]) -> None:
         cpu = f"  CPU {row['cpu_seconds'][name]:.3f}" if row["cpu_seconds"] else ""
         gigabytes = f"  +{row['extra_bytes'][name] / 1e9:.2f} GB" if row["extra_bytes"] else ""
         spread = f"{value['median']:.4f} ({value['p20']:.4f}-{value['p80']:.4f}) s"
-        print(f"  {name:<22}{spread}{cpu}  {cost[name] / cost['products']:.2f} x GEMMs  {cost['naive'] / cost[name]:.2f} x naive  {error}{gigabytes}")
+        print(f"  {name:<26}{spread}{cpu}  {cost[name] / cost['products']:.2f} x GEMMs  {cost['naive'] / cost[name]:.2f} x naive  {error}{gigabytes}")
 
 
 def main() -> None:
@@ -276,8 +315,13 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="also materialised logits under torch.compile")
     parser.add_argument("--bf16", action="store_true", help="on a CPU, where float32 is the default")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--plain", help=argparse.SUPPRESS)
+    parser.add_argument("--shape", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
     arguments = parser.parse_args()
+    if arguments.plain:
+        _serve(arguments.plain, arguments.shape)
+        return
     if arguments.memory_of:
         print(_measure_memory(arguments.memory_of, arguments.rows[0]))
         return

@@ -14,9 +14,10 @@ _HEAD = """# The KD loss: time, memory, error
 
 Forward KL, forward and backward, from hidden states to the gradients of hidden states and head. `products` are the four matrix products alone, at
 full size: the floor. `naive` materialises both logits in float32 and calls `kl_div`. `ours (torch)` are the row functions in PyTorch, chunk by chunk;
-`ours (host)` and `ours (cuda …)` are the compiled sweeps. Providers take turns in one process; median with 20th and 80th percentile. Errors are
-relative, against float64: gradient of the hidden states (16 rows) and of the head (64 tokens). `near` is a student at a divergence of about 0.01,
-where gradients are small differences. On a CPU the ratios are of process CPU time, since others may use the machine.
+`ours (host)` and `ours (cuda …)` are the compiled sweeps. Providers take turns in one process; median with 20th and 80th percentile. `plain script`:
+the same call in a process that leaves the allocator as it is, as scripts do; minitron's own processes keep freed memory and save the page faults.
+Errors are relative, against float64: gradient of the hidden states (16 rows) and of the head (64 tokens). `near` is a student at a divergence of
+about 0.01, where gradients are small differences. On a CPU the ratios are of process CPU time, since others may use the machine.
 
 Written by `python benchmarks/kd_loss.py`.
 """
@@ -38,7 +39,7 @@ def _table(document: dict[str, Any]) -> str:
         lines.append(f"\n**{row['rows']} rows, {widths}, {row['dtype'].removeprefix('torch.')}{kind}**\n")
         lines.append(f"| | ms | {'CPU ms' if cpu else 'extra GB'} | × products | × faster than naive | error hidden | error head |")
         lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-        for name, value in row["seconds"].items():
+        for name, value in sorted(row["seconds"].items(), key=lambda item: "plain" in item[0]):
             low, middle, high = (1e3 * value[key] for key in ("p20", "median", "p80"))
             extra = f"{1e3 * row['cpu_seconds'][name]:.0f}" if cpu else f"{row['extra_bytes'][name] / 1e9:.2f}"
             errors = " | ".join(f"{each:.1e}" for each in row["gradient_errors"].get(name, ())) or " | "
