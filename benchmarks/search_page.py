@@ -49,7 +49,8 @@ def _suite(part: dict[str, Any]) -> list[str]:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "Halving replayed on these curves, without every pair of candidates in turn (two standard errors: of the difference to the best, paired):",
+        "Halving replayed on curves that were measured often enough for it, without every pair of candidates in turn; standard errors are those of "
+        "the difference to the best, paired.",
         "",
         *_replays(replay),
         "",

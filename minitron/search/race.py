@@ -11,6 +11,8 @@ from minitron.search.statistics import kendall_tau, paired_gap
 
 #: An order is settled when it agreed this often in a row, so well, and the best leads by so many standard errors.
 _AGREEMENTS, _AGREEMENT, _ERRORS = 3, 0.9, 2.0
+#: The last rung lies after one in so many steps, and leaves so many candidates for the end.
+_LAST_RUNG, _LEFT = 6, 3
 
 #: One evaluation: ``step``, ``tokens``, ``loss``, ``kl`` and the loss of every held-out sequence (``sequences``).
 Point = Mapping[str, Any]
@@ -59,14 +61,15 @@ class Outcome:
 
 
 def halving_rungs(num_candidates: int, *, num_steps: int, eta: float, first: int) -> tuple[Rung, ...]:
-    """Rungs at ``num_steps / eta^j``, none before ``first``; each keeps one in ``eta``, and two at least, so that the end is a comparison.
+    """Rungs at a sixth of the steps, at half of that, and so on, none before ``first``; each keeps one in ``eta``, and three at least.
 
-    Successive halving (Jamieson and Talwalkar 2016). 20 candidates, 400 steps, η = 3: 44 steps → 7, 133 steps → 2.
+    Successive halving (Jamieson and Talwalkar 2016) as it did best here (docs/benchmarks/search.md): while the learning rate is high, later losses
+    tell no more than early ones that are extrapolated. 20 candidates, 400 steps, η = 2.5: 33 steps → 8, 66 steps → 3.
     """
     steps: list[int] = []
-    while num_steps / eta ** (len(steps) + 1) >= max(first, 1) and num_candidates / eta ** len(steps) > 2:
-        steps.append(int(num_steps / eta ** (len(steps) + 1)))
-    return tuple(Rung(step, max(2, round(num_candidates / eta**number))) for number, step in enumerate(reversed(steps), start=1))
+    while num_steps / (_LAST_RUNG * 2 ** len(steps)) >= max(first, 1) and num_candidates / eta ** len(steps) > _LEFT:
+        steps.append(int(num_steps / (_LAST_RUNG * 2 ** len(steps))))
+    return tuple(Rung(step, max(_LEFT, round(num_candidates / eta**number))) for number, step in enumerate(reversed(steps), start=1))
 
 
 def losses_at(curves: Mapping[str, Sequence[Point]], names: Sequence[str], step: int) -> list[float]:

@@ -35,14 +35,14 @@ class RankingConfig:
     evaluate_every: int = option(50, "steps between held-out losses", recorded=True)
     num_validation_sequences: int = option(32, "held-out sequences of each")
     tasks: list[str] = option([], "tasks of the lm-eval harness that every candidate is asked at each evaluation, as evaluate.task_path, limit… say")
-    eta: float = option(3.0, "halving: one candidate in so many stays at a rung")
+    eta: float = option(2.5, "halving: one candidate in so many stays at a rung")
     rungs: list[int] | None = option(
-        None, "halving: steps of the rungs; null: num_steps divided by eta again and again, none before the warm-up ends"
+        None, "halving: steps of the rungs; null: a sixth of num_steps, half of that, and so on, none before the warm-up ends; three stay"
     )
     extrapolate: float = option(
         0.1, "halving: losses as they may be at the end, if each doubling of the steps brings this share of what the last one brought; 0: as they are"
     )
-    rescue: float = option(0.15, "halving: share of the places that go to those whose loss falls fastest")
+    rescue: float = option(0.0, "halving: share of the places that go to those whose loss falls fastest, beside extrapolate")
     stop_when_stable: bool = option(False, "stop when the order has settled: Kendall's tau of 0.9 three times, and a lead of two standard errors")
     placement: str = option(
         "together", "several processes: each candidate over all of them (together), or whole candidates shared out (apart)", recorded=True
