@@ -161,7 +161,6 @@ def ranked(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             "seed": seed,
             "candidates": len(full["candidates"]),
             "steps": suite.steps,
-            "every": suite.every,
             "processor_seconds": took,
             "flops": {"full_independent": full["cost"]["full_independent"], "full": full["cost"]["shared"]},
             "best": full["candidates"][0]["name"],

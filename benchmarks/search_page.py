@@ -31,9 +31,9 @@ def write_page(document: dict[str, Any], path: Path) -> None:
 def _suite(part: dict[str, Any]) -> list[str]:
     rows, replay = part["result"], part["replay"]
     lines = [
-        "| seed | candidates | steps | τ zero-shot | τ at 25% | τ at 50% | τ ≥ 0.9 from step | chosen by halving is the best | regret (nats) "
-        "| standard error of the lead | FLOPs: all to the end, a teacher each ÷ halving |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| seed | candidates | steps | measured every | τ zero-shot | τ at 25% | τ at 50% | τ ≥ 0.9 from step | chosen by halving is the best "
+        "| regret (nats) | standard error of the lead | FLOPs: all to the end, a teacher each ÷ halving |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         taus = {int(step): tau for step, tau in row["tau"].items()}
@@ -44,7 +44,7 @@ def _suite(part: dict[str, Any]) -> list[str]:
         if "chosen" in row:
             same = "yes" if row["best"] == row["chosen"] else "no"
             halved = [same, f"{row['regret']:.4f}", f"{lead:.4f}", f"{row['flops_ratio']:.1f}"]
-        start = [str(row[key]) for key in ("seed", "candidates", "steps")]
+        start = [*(str(row[key]) for key in ("seed", "candidates", "steps")), str(sorted(taus)[1])]
         cells = [*start, *(f"{tau:.2f}" for tau in at), settled, *halved]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
