@@ -47,12 +47,15 @@ def _suite(part: dict[str, Any]) -> list[str]:
         start = [*(str(row[key]) for key in ("seed", "candidates", "steps")), str(sorted(taus)[1])]
         cells = [*start, *(f"{tau:.2f}" for tau in at), settled, *halved]
         lines.append(f"| {' | '.join(cells)} |")
+    if replay:
+        lines += [
+            "",
+            "Halving replayed on curves that were measured often enough for it, without every pair of candidates in turn; standard errors are those of "
+            "the difference to the best, paired.",
+            "",
+            *_replays(replay),
+        ]
     lines += [
-        "",
-        "Halving replayed on curves that were measured often enough for it, without every pair of candidates in turn; standard errors are those of "
-        "the difference to the best, paired.",
-        "",
-        *_replays(replay),
         "",
         *[line for row in rows for line in _ranks(row)],
     ]
