@@ -50,8 +50,8 @@ def _suite(part: dict[str, Any]) -> list[str]:
     if replay:
         lines += [
             "",
-            "Halving replayed on curves that were measured often enough for it, without every pair of candidates in turn; standard errors are those of "
-            "the difference to the best, paired.",
+            "Halving replayed on curves that were measured often enough for it, without every pair of candidates in turn; standard errors are "
+            "those of the difference to the best, paired.",
             "",
             *_replays(replay),
         ]
