@@ -72,10 +72,12 @@ def _decoding(rows: list[dict[str, Any]]) -> str:
             same, error = "yes" if row["same_tokens"][name] else "no", row["logit_errors"][name]
             kind = f"| {row['zeros']} | {row['dtype'].removeprefix('torch.')} | {text} "
             left = kind + f"| {speed[name]:.1f} ({low:.1f}–{high:.1f}) | {1e3 * cost[name]:.1f} "
-            lines.append(left + f"| {cost['dense'] / cost[name]:.2f} | {limit:.2f} | {row['packed_layers'][name]} | {same} | {error:.1e} |")
+            times = f"{speed[name] / speed['dense']:.2f} ({cost['dense'] / cost[name]:.2f})"
+            lines.append(left + f"| {times} | {limit:.2f} | {row['packed_layers'][name]} | {same} | {error:.1e} |")
     text = """
 SmolLM2-135M, the linear layers of its blocks masked by magnitude, greedy decoding. The head (a fifth of the weights) and the embedding stay
-dense, which the byte limit counts. Errors of logits are relative, against float64 with the same masks."""
+dense, which the byte limit counts. `× dense` is of the wall, in brackets of the processor's time, where threads that wait spin.
+Errors of logits are relative, against float64 with the same masks."""
     return text + "\n" + "\n".join(lines) + "\n"
 
 

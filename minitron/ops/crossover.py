@@ -83,10 +83,11 @@ def times_of(rows: int, cols: int, percent_kept: int, dtype: torch.dtype, device
 
 
 def _machine(device: str) -> str:
-    """A name for what times depend on: processor or GPU, kernel, torch."""
+    """A name for what times depend on: processor or GPU, kernel, torch, and how threads wait for each other."""
     target = "cuda" if device.startswith("cuda") else "host"
     what = torch.cuda.get_device_name(device) if target == "cuda" else platform.processor() + str(os.cpu_count())
-    text = " ".join([what, build.library_stem("sparse_matmul", target), torch.__version__])
+    waits = [os.environ.get(name, "") for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")] if target == "host" else []
+    text = " ".join([what, build.library_stem("sparse_matmul", target), torch.__version__, *waits])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
