@@ -304,7 +304,8 @@ def _show(row: dict[str, Any]) -> None:
         cpu = f"  CPU {row['cpu_seconds'][name]:.3f}" if row["cpu_seconds"] else ""
         gigabytes = f"  +{row['extra_bytes'][name] / 1e9:.2f} GB" if row["extra_bytes"] else ""
         spread = f"{value['median']:.4f} ({value['p20']:.4f}-{value['p80']:.4f}) s"
-        print(f"  {name:<26}{spread}{cpu}  {cost[name] / cost['products']:.2f} x GEMMs  {cost['naive'] / cost[name]:.2f} x naive  {error}{gigabytes}")
+        naive = cost["naive, plain script" if name.endswith(", plain script") else "naive"]
+        print(f"  {name:<26}{spread}{cpu}  {cost[name] / cost['products']:.2f} x GEMMs  {naive / cost[name]:.2f} x naive  {error}{gigabytes}")
 
 
 def main() -> None:
