@@ -37,7 +37,7 @@ from torch.nn.functional import linear  # noqa: E402
 from minitron.ops import build  # noqa: E402
 from minitron.ops.bitmap import BitmapWeight, pack_bitmap  # noqa: E402
 from minitron.ops.sparse_matmul import SWITCH, SparseLinear, use_sparse_linears  # noqa: E402
-from minitron.ops.sparse_rows import Arguments, run_rows  # noqa: E402
+from minitron.ops.sparse_rows import Arguments, sparse_rows  # noqa: E402
 from minitron.paths import kernels_dir  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,7 +106,7 @@ class Case:
 
         def packed(x: torch.Tensor, copies: list[BitmapWeight]) -> torch.Tensor:
             one = next_of(copies)
-            return run_rows(x, one.bitmap, one.values, one.row_starts)
+            return sparse_rows(x, one.bitmap, one.values, one.row_starts)
 
         found = {"torch bf16": lambda: linear(x, next_of(self.half)), "torch float32": lambda: linear(wide, next_of(self.whole))}
         if self.csr:

@@ -17,10 +17,10 @@ from torch import nn
 
 from minitron.errors import CheckpointError, ConfigError, MinitronError
 from minitron.ops import build, crossover, sparse_matmul, sparse_rows, sparse_tiles
-from minitron.ops.bitmap import pack_bitmap
+from minitron.ops.bitmap import BitmapWeight, pack_bitmap
 from minitron.ops.crossover import NUM_ROWS, Times
 from minitron.ops.semi_structured import is_two_of_four, semi_structured
-from minitron.ops.sparse_matmul import SWITCH, SparseLinear, sparse_linear, use_sparse_linears
+from minitron.ops.sparse_matmul import SWITCH, SparseLinear, use_sparse_linears
 from minitron.paths import cache_dir, kernels_dir
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -36,9 +36,15 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SWITCH, raising=False)
 
 
+def product(x: torch.Tensor, packed: BitmapWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The op on a packed weight, by the kernel where there is one."""
+    sparse_rows.obstacle()
+    return sparse_rows.sparse_rows(x, packed.bitmap, packed.values, packed.row_starts, bias)
+
+
 def by_instructions(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, instructions: str) -> torch.Tensor:
     """The host kernel with given instructions; the result is poisoned before."""
-    library, packed = build.load("sparse_matmul", "host"), pack_bitmap(weight)
+    library, packed = build.load("sparse_matmul", "op"), pack_bitmap(weight)
     assert isinstance(library, ctypes.CDLL)
     y = torch.full((len(x), len(weight)), float("nan"), dtype=x.dtype)
     code = library.sparse_matmul_host(ctypes.byref(sparse_rows.arguments_of(x, packed, bias, y, instructions)))
@@ -69,7 +75,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(sparse_linear(x, packed))
+            found.append(product(x, packed))
             assert torch.equal(sparse_rows.unpack_rows(packed), weight)
     finally:
         torch.set_num_threads(before)
@@ -82,44 +88,51 @@ def test_numbers_that_are_not_finite_are_kept() -> None:
     weight = torch.zeros(3, 9)
     weight[0, 8], weight[1, 2] = float("nan"), float("inf")
     for dtype in DTYPES:
-        y = sparse_linear(torch.ones(1, 9, dtype=dtype), pack_bitmap(weight.to(dtype)))
+        y = product(torch.ones(1, 9, dtype=dtype), pack_bitmap(weight.to(dtype)))
         assert torch.isnan(y[0, 0]) and torch.isinf(y[0, 1]) and y[0, 2] == 0
-    big = sparse_linear(torch.full((1, 2), 300.0, dtype=torch.float16), pack_bitmap(torch.full((1, 2), 300.0, dtype=torch.float16)))
-    tiny = sparse_linear(torch.full((1, 1), 2.0**-12, dtype=torch.float16), pack_bitmap(torch.full((1, 1), 3 * 2.0**-12, dtype=torch.float16)))
+    big = product(torch.full((1, 2), 300.0, dtype=torch.float16), pack_bitmap(torch.full((1, 2), 300.0, dtype=torch.float16)))
+    tiny = product(torch.full((1, 1), 2.0**-12, dtype=torch.float16), pack_bitmap(torch.full((1, 1), 3 * 2.0**-12, dtype=torch.float16)))
     assert torch.isinf(big).all() and tiny.item() == 3 * 2.0**-24  # beyond what fp16 holds, and among its subnormals
 
 
 def test_shapes_of_x_and_torch_machinery() -> None:
     weight, (x, bias) = sparse_weight(9, 20, 0.5, torch.float32), inputs(6, 20, 9, torch.float32)
     packed = pack_bitmap(weight)
-    y = sparse_linear(x.view(2, 3, 20), packed, bias)
+    y = product(x.view(2, 3, 20), packed, bias)
     assert y.shape == (2, 3, 9)
     assert_product(y.view(6, 9), x, weight, bias)
-    assert sparse_linear(x[0], packed).shape == (9,) and sparse_linear(x[:0], packed).shape == (0, 9)
+    assert product(x[0], packed).shape == (9,) and product(x[:0], packed).shape == (0, 9)
     torch.library.opcheck(torch.ops.minitron.sparse_rows.default, (x, packed.bitmap, packed.values, packed.row_starts, bias))
 
 
+@needs_compiler
 def test_what_does_not_fit_is_refused() -> None:
     weight, (x, bias) = sparse_weight(9, 20, 0.5, torch.float32), inputs(6, 20, 9, torch.float32)
     packed = pack_bitmap(weight)
     with pytest.raises(MinitronError, match="for inference"):
-        sparse_linear(x.clone().requires_grad_(), packed)
-    with pytest.raises(MinitronError, match="for inference"):
         SparseLinear(packed)(x.clone().requires_grad_())
     cases = [
-        (x[:, :19], packed, None, "for a sparse weight of 9 x 20"),
+        (x[:, :16], packed, None, "x of 16 columns does not fit a bitmap of 9 rows of 3 bytes"),
         (x.half(), packed, None, "and the same"),
-        (x, packed, bias[:3], "a bias of shape"),
-    ]
-    cases += [
-        (x, replace(packed, row_starts=packed.row_starts[1:]), None, "for a bitmap"),
-        (x.double(), packed.to(dtype=torch.float64), None, "must be"),
+        (x.double(), packed.to(dtype=torch.float64), None, "must be float32, bfloat16 or float16"),
+        (torch.tensor(1.0), packed, None, "x needs columns"),
+        (x, packed, bias[:3], "the bias is not one of 9 rows"),
+        (x, packed, bias.half(), "the bias is not one of 9 rows"),
+        (x, replace(packed, row_starts=packed.row_starts[1:]), None, "does not fit"),
+        (x, replace(packed, row_starts=packed.row_starts.int()), None, "does not fit"),
+        (x, replace(packed, bitmap=packed.bitmap.T.contiguous().T), None, "does not fit"),
     ]
     for given, weights, its_bias, message in cases:
-        with pytest.raises(MinitronError, match=message):
-            sparse_linear(given, weights, its_bias)
+        with pytest.raises(RuntimeError, match=message):
+            product(given, weights, its_bias)
     with pytest.raises(CheckpointError, match="damaged"):
         SparseLinear.from_bitmap(replace(packed, values=packed.values[1:]))
+
+
+@needs_compiler
+def test_the_kernel_stands_before_the_reference() -> None:
+    assert sparse_rows.obstacle() is None
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("minitron::sparse_rows", "CPU")
 
 
 # ---- the layer -------------------------------------------------------------------------------------------------------------------------
@@ -128,8 +141,8 @@ def test_what_does_not_fit_is_refused() -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of rows of x that are multiplied packed."""
     seen: list[int] = []
-    run = sparse_rows.run_rows
-    monkeypatch.setattr(sparse_matmul, "run_rows", lambda x, *rest: seen.append(x.numel() // x.shape[-1]) or run(x, *rest))
+    run = sparse_rows.sparse_rows
+    monkeypatch.setattr(sparse_matmul, "sparse_rows", lambda x, *rest: seen.append(x.numel() // x.shape[-1]) or run(x, *rest))
     return seen
 
 
@@ -150,6 +163,7 @@ def test_a_layer_takes_what_was_measured_as_faster(monkeypatch: pytest.MonkeyPat
         seen.clear()
     for forced, expected in (("packed", [1, 16]), ("dense", [])):
         monkeypatch.setenv(SWITCH, forced)
+        layer = SparseLinear.from_linear(linear)
         with torch.no_grad():
             for num in (1, 16):
                 layer(inputs(num, 20, 9, torch.float32)[0])
@@ -184,7 +198,7 @@ def test_without_a_compiler_products_are_dense_and_say_so_once(monkeypatch: pyte
     with caplog.at_level(logging.INFO, logger="minitron"):
         for _ in range(2):
             assert_product(layer(x), x, weight, None)
-            assert_product(sparse_linear(x, layer.packed()), x, weight, None)
+            assert_product(product(x, layer.packed()), x, weight, None)
             assert torch.equal(sparse_rows.unpack_rows(layer.packed()), weight)
     assert [record.message for record in caplog.records] == ["sparse products run dense, since no g++ on this machine"]
 
@@ -211,7 +225,7 @@ def test_a_model_s_sparse_layers_are_replaced(monkeypatch: pytest.MonkeyPatch, c
 
 @needs_compiler
 def test_times_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build.load("sparse_matmul", "host")
+    build.load("sparse_matmul", "op")
     monkeypatch.setattr(crossover, "cache_dir", lambda: tmp_path)
     monkeypatch.setattr(crossover, "_ROUND_BYTES", {"cpu": 1 << 16})
     crossover.times_of.cache_clear()
@@ -313,7 +327,7 @@ def test_the_cuda_kernel_compiles_without_spills() -> None:
 
 @needs_compiler
 def test_structures_have_the_size_that_c_sees() -> None:
-    library = build.load("sparse_matmul", "host")
+    library = build.load("sparse_matmul", "op")
     assert isinstance(library, ctypes.CDLL)
     assert library.sparse_matmul_arguments_size() == ctypes.sizeof(sparse_rows.Arguments)
 

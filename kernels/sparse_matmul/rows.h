@@ -10,6 +10,7 @@ constexpr int BESIDE = 4;                // rows of the weight that are multipli
 constexpr int PADDING = 64;              // columns of x beyond the last, and values beyond the last, that may be read
 constexpr int64_t CACHED_FLOATS = 4096;  // of x in a block of columns: half of the first-level cache, which tables and values share
 constexpr int64_t SHORT_ROW = 4096;      // bytes of values
+constexpr int64_t MOST_GROUPS = 8;       // of ROWS rows that a thread takes at a time
 
 template <class T>
 struct Walk {
@@ -221,7 +222,9 @@ static void multiply(const Arguments& a) {
   const float* const x = scratch.data();
   arrange<T>(a, scratch.data(), stride);
   const bool small = a.row_starts[a.rows] * a.num < ALONE;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(small ? 1 : a.num_threads)
+  // Neighbours stay with one thread, which asks for the bytes of the next rows ahead; a thread that others disturb leaves its last quarter to the rest.
+  const int64_t together = std::clamp<int64_t>(groups / (4 * a.num_threads), 1, MOST_GROUPS);
+#pragma omp parallel for schedule(dynamic, together) num_threads(small ? 1 : a.num_threads)
   for (int64_t g = 0; g < groups; ++g) group<T>(a, x, stride, g * ROWS, g * ROWS + ROWS <= a.rows ? ROWS : int(a.rows - g * ROWS));
 }
 

@@ -1,4 +1,4 @@
-"""Finds or compiles the sources in ``kernels/`` with the machine's own compilers; plain C libraries, loaded by ctypes.
+"""Finds or compiles the sources in ``kernels/`` with the machine's own compilers; plain C libraries and ops on torch's stable ABI, loaded by ctypes.
 
 A library is named after its sources, its flags, its compiler's version and, where it is built for this very processor, the processor: a
 changed one is another file, and an old one is never taken for it. ``python -m minitron.ops.build --out FOLDER`` builds ahead of
@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
+import importlib.util
 import os
 import platform
 import shlex
@@ -34,6 +35,8 @@ logger = get_logger(__name__)
 ARCHITECTURES = ("arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90")
 #: No -ffast-math: the sums of a row must keep NaN, and the rounding trick in exp must stay.
 HOST_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+#: An op is built against torch's headers, which ask for C++20; the library depends on no torch but a minimal one.
+OP_FLAGS = tuple("-std=c++20" if flag == "-std=c++17" else flag for flag in HOST_FLAGS)
 CUDA_FLAGS = (*(f"-gencode={arch}" for arch in ARCHITECTURES), "-O3", "-std=c++17", "-Xptxas", "-v", "-shared", "-Xcompiler", "-fPIC")
 #: Longest wait for another process that compiles the same library, and for a compiler.
 PATIENCE_SECONDS = 600.0
@@ -45,15 +48,21 @@ class BuildError(MinitronError):
 
 @dataclass(frozen=True)
 class Target:
-    """What is built of a folder in ``kernels/``: its main source, by which kind of compiler, with which flags."""
+    """What is built of a folder in ``kernels/`` that has its main source: by which compiler, with which flags, with torch's headers or not."""
 
     source: str
     compiler: str
     flags: tuple[str, ...]
+    torch: bool = False
+
+    def path(self, op: str) -> Path:
+        """The main source for an op, which may not be there."""
+        return kernels_dir() / op / self.source.format(op=op)
 
 
 TARGETS = {
     "host": Target("host.cpp", "g++", HOST_FLAGS),
+    "op": Target("op.cpp", "g++", OP_FLAGS, torch=True),
     "cuda": Target("{op}.cu", "nvcc", CUDA_FLAGS),
 }
 
@@ -126,8 +135,8 @@ def build(op: str, target: str, folder: Path) -> tuple[Path, str]:
             if not path.is_file():
                 logger.info("compiling %s for %s (once)", op, target)
                 partial = path.with_suffix(f".{os.getpid()}.partial")
-                source = kernels_dir() / op / recipe.source.format(op=op)
-                command = [compiler, *recipe.flags, "-o", str(partial), str(source)]
+                source = recipe.path(op)
+                command = [compiler, *recipe.flags, "-o", str(partial), str(source), *(_torch() if recipe.torch else ())]
                 done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
                 if done.returncode:
                     raise BuildError(f"{recipe.compiler} cannot compile {op}/{source.name}: {_first_line(done.stderr)}")
@@ -136,6 +145,15 @@ def build(op: str, target: str, folder: Path) -> tuple[Path, str]:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{op} cannot be built into {folder}: {error}") from error
     return path, report.read_text(encoding="utf-8") if report.is_file() else ""
+
+
+def _torch() -> tuple[str, ...]:
+    """Where torch's headers and libraries are, for a compiler; torch itself is not loaded."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        raise BuildError("torch is not installed")
+    folder = Path(found.origin).parent
+    return f"-I{folder / 'include'}", f"-L{folder / 'lib'}", "-ltorch_cpu"
 
 
 @cache
@@ -179,7 +197,7 @@ def main() -> int:
     out: Path = parser.parse_args().out
     status = 0
     for folder in sorted(path for path in kernels_dir().iterdir() if path.is_dir()):
-        for target in TARGETS:
+        for target in (name for name, recipe in TARGETS.items() if recipe.path(folder.name).is_file()):
             try:
                 sys.stdout.write(f"{build(folder.name, target, out)[0]}\n")
             except BuildError as error:

@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from minitron.log import get_logger
 from minitron.ops import build, sparse_tiles
 from minitron.ops.bitmap import pack_bitmap
-from minitron.ops.sparse_rows import run_rows, unpack_rows
+from minitron.ops.sparse_rows import sparse_rows, unpack_rows
 from minitron.paths import cache_dir
 
 logger = get_logger(__name__)
@@ -84,9 +84,9 @@ def times_of(rows: int, cols: int, percent_kept: int, dtype: torch.dtype, device
 
 def _machine(device: str) -> str:
     """A name for what times depend on: processor or GPU, kernel, torch, and how threads wait for each other."""
-    target = "cuda" if device.startswith("cuda") else "host"
+    target = "cuda" if device.startswith("cuda") else "op"
     what = torch.cuda.get_device_name(device) if target == "cuda" else platform.processor() + str(os.cpu_count())
-    waits = [os.environ.get(name, "") for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")] if target == "host" else []
+    waits = [os.environ.get(name, "") for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")] if target == "op" else []
     text = " ".join([what, build.library_stem("sparse_matmul", target), torch.__version__, *waits])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -110,7 +110,7 @@ def measure(rows: int, cols: int, density: float, dtype: torch.dtype, device: to
         parts = [(packed.bitmap.clone(), packed.values.clone(), packed.row_starts.clone()) for _ in range(copies)]
 
         def product(x: torch.Tensor, i: int) -> torch.Tensor:
-            return run_rows(x, *parts[i])
+            return sparse_rows(x, *parts[i])
 
         unpack = lambda i: unpack_rows(packed)  # noqa: E731
     whole = [weight.to(device, copy=True) for _ in range(copies)]

@@ -2,7 +2,8 @@
 
 ``kernels/sparse_matmul`` expands the weight on the way to the multipliers. That pays for few rows of x; for many, a dense product does, on a
 weight that is unpacked for the purpose. Which one runs is measured once a machine (:mod:`minitron.ops.crossover`).
-``$MINITRON_SPARSE_MATMUL`` forces ``packed`` or ``dense``; ``auto`` is the default. For inference: nothing here has a gradient.
+``$MINITRON_SPARSE_MATMUL`` forces ``packed`` or ``dense``; ``auto`` is the default; a layer reads it when it first sees so many rows. For inference:
+nothing here has a gradient.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from torch import nn
 
 from minitron.errors import ConfigError, MinitronError, nearest
 from minitron.log import get_logger
-from minitron.ops import build
+from minitron.ops import sparse_rows as on_cpu
 from minitron.ops import sparse_tiles as on_gpu
 from minitron.ops.bitmap import BitmapWeight, check_bitmap, pack_bitmap
 from minitron.ops.crossover import times_of
-from minitron.ops.sparse_rows import run_rows, say, sparse_rows, takes, unpack_rows
+from minitron.ops.sparse_rows import say, sparse_rows, takes, unpack_rows
 
 logger = get_logger(__name__)
 
@@ -26,23 +27,6 @@ SWITCH = "MINITRON_SPARSE_MATMUL"
 CHOICES = ("auto", "packed", "dense")
 #: Steps in which shares of kept weights are told apart when times are measured, in percent.
 _STEP = 5
-
-
-def sparse_linear(x: torch.Tensor, packed: BitmapWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ W.T + bias`` on a CPU: x [..., cols] to [..., rows], in the one dtype of x, values and bias; sums in float32.
-
-    Raises:
-        MinitronError: a gradient is asked for, or shapes, types or devices do not fit.
-    """
-    _refuse_gradient(x)
-    if x.shape[-1] != packed.shape[1]:
-        raise MinitronError(f"x of shape {list(x.shape)} for a sparse weight of {packed.shape[0]} x {packed.shape[1]}")
-    return sparse_rows(x, packed.bitmap, packed.values, packed.row_starts, bias)
-
-
-def _refuse_gradient(x: torch.Tensor) -> None:
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise MinitronError("a packed sparse weight is for inference: run it under torch.no_grad(), or train the dense weight under its mask")
 
 
 def wanted() -> str:
@@ -63,8 +47,7 @@ def packed_obstacle(shape: tuple[int, int], dtype: torch.dtype, device: torch.de
         return on_gpu.obstacle(shape, dtype, device)
     if device.type != "cpu" or not takes(dtype):
         return f"there is no kernel for {dtype} on {device.type}"
-    library = build.load("sparse_matmul", "host")
-    return str(library) if isinstance(library, build.BuildError) else None
+    return on_cpu.obstacle()
 
 
 @torch.compiler.assume_constant_result
@@ -137,21 +120,21 @@ class SparseLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, zeros={1 - self.density:.1%}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] to [..., out_features]."""
-        _refuse_gradient(x)
+        """x [..., in_features] to [..., out_features].
+
+        Raises:
+            MinitronError: a gradient would be lost.
+        """
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise MinitronError("a packed sparse weight is for inference: run it under torch.no_grad(), or train the dense weight under its mask")
         num = x.numel() // max(self.in_features, 1)
         if not num or not self._packed(num, x):
             return nn.functional.linear(x, self.weight, self.bias)
         if x.is_cuda:
             return self._on_gpu(x)
-        if torch.compiler.is_compiling():
-            packed = self.packed()
-            return sparse_rows(x, packed.bitmap, packed.values, packed.row_starts, self.bias)
         parts = self._buffers  # looking up attributes of a module takes as long as a small product
-        bitmap, values, row_starts, bias = parts["bitmap"], parts["values"], parts["row_starts"], parts["bias"]
-        assert bitmap is not None and values is not None and row_starts is not None, "the weight has become tiles"
-        fits = values.dtype == x.dtype and values.device == x.device and x.shape[-1] == self.in_features
-        return (run_rows if fits else sparse_rows)(x, bitmap, values, row_starts, bias)
+        product: torch.Tensor = sparse_rows(x, parts["bitmap"], parts["values"], parts["row_starts"], parts["bias"])
+        return product
 
     @property
     def weight(self) -> torch.Tensor:
@@ -173,10 +156,10 @@ class SparseLinear(nn.Module):
         shape, at_hand = (self.out_features, self.in_features), self._buffers["dense"] is not None
         if torch.compiler.is_compiling():
             return packed_wins(shape, self.density, x.dtype, x.device, num, dense_at_hand=at_hand)
-        key = (num, x.dtype, x.device, os.environ.get(SWITCH), torch.get_num_threads())
-        known = self._choices.get(key)
+        known = self._choices.get((num, x.dtype, x.device))
         if known is None:
-            known = self._choices[key] = packed_wins(shape, self.density, x.dtype, x.device, num, dense_at_hand=at_hand)
+            known = packed_wins(shape, self.density, x.dtype, x.device, num, dense_at_hand=at_hand)
+            self._choices[num, x.dtype, x.device] = known
         return known
 
     def _on_gpu(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,7 @@
-// The product on a CPU, in three sets of instructions of which the best is taken when it runs. g++ -O3 -march=native -fopenmp.
+// The product on a CPU, in three sets of instructions of which the best is taken when it runs.
+#pragma once
+
+#include <algorithm>
 #include <type_traits>
 #include <vector>
 #if defined(__x86_64__)
