@@ -66,7 +66,7 @@ def _decoding(rows: list[dict[str, Any]]) -> str:
     lines.append("| ---: | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |")
     for row in rows:
         speed, sizes = row["tokens_per_second"], row["bytes_per_token"]
-        for name, text in _CHOICES.items():
+        for name, text in ((name, text) for name, text in _CHOICES.items() if name in speed):
             low, high = row["spread"][name]
             cost, limit = row["cpu_seconds_per_token"], sizes["dense"] / sizes[name]
             same, error = "yes" if row["same_tokens"][name] else "no", row["logit_errors"][name]

@@ -14,7 +14,7 @@
 namespace sparse {
 namespace {
 
-constexpr int64_t ALONE = 1 << 17;  // products under which (30 us of one thread) waking another takes longer than it saves
+constexpr int64_t ALONE = 1 << 15;  // products under which (8 us of one thread) another, awake, does not pay for being told
 
 namespace scalar {
 #include "scalar.h"
