@@ -46,58 +46,69 @@ def measure_decoding(
     return rows
 
 
+class Decoder:
+    """The likeliest tokens of a model, one after the other; the cache has its full length from the start, so that one compiled step serves all."""
+
+    def __init__(self, model: Any, ids: torch.Tensor, num_tokens: int, compiled: bool) -> None:
+        self._model, self._prompt, self._length = model, ids, ids.shape[1] + num_tokens
+        self._step = torch.compile(self._likeliest) if compiled else self._likeliest
+        self.tokens: list[int] = []
+
+    def _likeliest(self, ids: torch.Tensor, positions: torch.Tensor, cache: StaticCache) -> torch.Tensor:
+        out = self._model(ids, position_ids=positions[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1].argmax(-1, keepdim=True)
+
+    def read(self) -> None:
+        """The prompt, and the first token."""
+        self._cache, self._positions = StaticCache(config=self._model.config, max_cache_len=self._length), torch.arange(self._prompt.shape[1])
+        self._ids = self._likeliest(self._prompt, self._positions, self._cache)
+        self.tokens = [int(self._ids)]
+
+    def go_on(self) -> None:
+        """One token more."""
+        self._positions = self._positions[-1:] + 1
+        self._ids = self._step(self._ids, self._positions, self._cache)
+        self.tokens.append(int(self._ids))
+
+
 def _row(
     models: dict[str, Any], ids: torch.Tensor, exact: torch.Tensor, sparse_type: type, switch: str, *, repeats: int, num_tokens: int, compiled: bool
 ) -> dict[str, Any]:
+    """All models take every token in turn: what others do on the machine changes from second to second, and hits them alike."""
     torch._dynamo.reset()  # it compiles one function for few models
-    steps = {name: _step(model, compiled) for name, model in models.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    decoders = {name: Decoder(model, ids, num_tokens, compiled) for name, model in models.items()}
+    prompt: dict[str, list[float]] = {name: [] for name in models}
+    token: dict[str, list[float]] = {name: [] for name in models}
     process: dict[str, list[float]] = {name: [] for name in models}
-    tokens, errors = {}, {}
+    errors = {}
     for turn in range(repeats + 1):
-        for name, model in models.items():
-            os.environ[switch] = "auto" if name == "dense" else name
-            start, cpu = time.perf_counter(), time.process_time()
-            tokens[name] = _greedy(model, steps[name], ids, num_tokens)
-            taken, worked = time.perf_counter() - start, time.process_time() - cpu
-            if turn:
-                seconds[name].append(taken)
-                process[name].append(worked)
-            else:
-                logits = torch.cat([model(ids[:, :1]).logits, model(ids).logits[:, 1:]], dim=1)  # of one row and of many
-                errors[name] = float((logits.double() - exact).norm() / exact.norm())
+        for place in range(num_tokens):
+            for name, decoder in decoders.items():
+                os.environ[switch] = "auto" if name == "dense" else name
+                start, cpu = time.perf_counter(), time.process_time()
+                decoder.go_on() if place else decoder.read()
+                taken, worked = time.perf_counter() - start, time.process_time() - cpu
+                if not turn:
+                    continue
+                (token if place else prompt)[name].append(taken)
+                if place:
+                    process[name].append(worked)
+    for name, model in models.items():
+        os.environ[switch] = "auto" if name == "dense" else name
+        logits = torch.cat([model(ids[:, :1]).logits, model(ids).logits[:, 1:]], dim=1)  # of one row and of many
+        errors[name] = float((logits.double() - exact).norm() / exact.norm())
     os.environ.pop(switch)
+    ratios = {name: sorted(dense / own for dense, own in zip(token["dense"], token[name], strict=True)) for name in models}
     return {
-        "tokens_per_second": {name: num_tokens / statistics.median(values) for name, values in seconds.items()},
-        "cpu_seconds_per_token": {name: statistics.median(values) / num_tokens for name, values in process.items()},
-        "spread": {name: [num_tokens / max(values), num_tokens / min(values)] for name, values in seconds.items()},
-        "same_tokens": {name: tokens[name] == tokens["dense"] for name in models},
+        "prompt_seconds": {name: statistics.median(values) for name, values in prompt.items()},
+        "tokens_per_second": {name: 1 / statistics.median(values) for name, values in token.items()},
+        "cpu_seconds_per_token": {name: statistics.median(values) for name, values in process.items()},
+        "times_dense": {name: [values[round(share * (len(values) - 1))] for share in (0.2, 0.5, 0.8)] for name, values in ratios.items()},
+        "same_tokens": {name: decoder.tokens == decoders["dense"].tokens for name, decoder in decoders.items()},
         "logit_errors": errors,
         "bytes_per_token": {name: _bytes(model, sparse_type) for name, model in models.items()},
         "packed_layers": {name: sum(isinstance(module, sparse_type) for module in model.modules()) for name, model in models.items()},
     }
-
-
-def _step(model: Any, compiled: bool) -> Callable[[torch.Tensor, torch.Tensor, StaticCache], torch.Tensor]:
-    """From a token to the likeliest next one; the cache has its full length from the start, so that one compiled step serves all."""
-
-    def step(ids: torch.Tensor, positions: torch.Tensor, cache: StaticCache) -> torch.Tensor:
-        out = model(ids, position_ids=positions[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].argmax(-1, keepdim=True)
-
-    return torch.compile(step) if compiled else step
-
-
-def _greedy(model: Any, step: Callable[..., torch.Tensor], ids: torch.Tensor, num_tokens: int) -> list[int]:
-    """The likeliest tokens, one after the other, with the model's own cache and no other machinery; a prompt is read as it stands."""
-    found, cache = [], StaticCache(config=model.config, max_cache_len=ids.shape[1] + num_tokens)
-    positions = torch.arange(ids.shape[1])
-    ids = _step(model, compiled=False)(ids, positions, cache)
-    for _ in range(num_tokens - 1):
-        found.append(int(ids))
-        positions = positions[-1:] + 1
-        ids = step(ids, positions, cache)
-    return [*found, int(ids)]
 
 
 def _bytes(model: Any, sparse_type: type) -> int:
