@@ -3,6 +3,7 @@
 // a missing barrier shows as a wrong number. Those of avx512.h: its instructions, lane by lane.
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
