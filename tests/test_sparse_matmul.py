@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,8 +38,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def product(x: torch.Tensor, packed: BitmapWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The op on a packed weight, by the kernel where there is one."""
-    sparse_rows.obstacle()
+    """The op on a packed weight."""
     return sparse_rows.sparse_rows(x, packed.bitmap, packed.values, packed.row_starts, bias)
 
 
@@ -130,9 +130,19 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @needs_compiler
-def test_the_kernel_stands_before_the_reference() -> None:
-    assert sparse_rows.obstacle() is None
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("minitron::sparse_rows", "CPU")
+def test_the_first_call_brings_the_kernel() -> None:
+    """In a process of its own, since a library stays."""
+    code = """
+import torch
+from minitron.ops.bitmap import pack_bitmap
+from minitron.ops.sparse_rows import sparse_rows
+packed, x = pack_bitmap(torch.tensor([[0.0] * 8 + [2.0]])), torch.ones(1, 9)
+has = lambda: torch._C._dispatch_has_kernel_for_dispatch_key("minitron::sparse_rows", "CPU")
+assert not has()
+assert sparse_rows(x, packed.bitmap, packed.values, packed.row_starts).item() == 2.0
+assert has()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ---- the layer -------------------------------------------------------------------------------------------------------------------------

@@ -59,21 +59,24 @@ def arguments_of(x: torch.Tensor, packed: BitmapWeight, bias: torch.Tensor | Non
     )
 
 
-# A schema and a reference, no more: what torch.library.custom_op puts around them takes three times as long as a small product. Once the library is
-# loaded its kernel stands before the reference, for every caller and without Python between: while weights stream through the caches, Python's own
-# code and data are cold, and 210 calls a token cost more than they do in a loop of their own.
+# A schema and a reference, no more: what torch.library.custom_op puts around them takes three times as long as a small product. The reference loads
+# the library when it is first called; the library's kernel then stands before it, for every caller and without Python between: while weights stream
+# through the caches, Python's own code and data are cold, and 210 calls a token cost more than they do in a loop of their own.
 _OPS = torch.library.Library("minitron", "FRAGMENT")
 _OPS.define("sparse_rows(Tensor x, Tensor bitmap, Tensor values, Tensor row_starts, Tensor? bias=None) -> Tensor")
 
 
-def _unpacked(
+def _reference(
     x: torch.Tensor, bitmap: torch.Tensor, values: torch.Tensor, row_starts: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
+    if x.device.type == "cpu" and obstacle() is None:
+        product: torch.Tensor = sparse_rows(x, bitmap, values, row_starts, bias)
+        return product
     packed = BitmapWeight(bitmap, values, row_starts, (bitmap.shape[0], x.shape[-1]))
     return nn.functional.linear(x, unpack_bitmap(packed), bias)
 
 
-_OPS.impl("sparse_rows", _unpacked, "CompositeExplicitAutograd")
+_OPS.impl("sparse_rows", _reference, "CompositeExplicitAutograd")
 #: ``x @ W.T + bias``, x [..., cols] to [..., rows], in the dtype of x, values and bias; sums in float32. No gradient.
 #: ``bitmap``, ``values`` and ``row_starts`` are those of a :class:`BitmapWeight` whose columns are x's; RuntimeError where they do not fit.
 sparse_rows = torch.ops.minitron.sparse_rows.default
