@@ -122,13 +122,20 @@ class Cluster:
         return found[1] if found else ""
 
     def wait(self, job: str, seconds: float = 120.0) -> str:
-        """The state that a job ends in; one that was put back is let in at once, which Slurm otherwise does after two minutes."""
-        state = ""
+        """The state that a job ends in; one that was put back is let in after two seconds, which Slurm otherwise does after two minutes.
+
+        Not at once: in the second in which a job is killed its node refuses it as one whose credential is revoked.
+        """
+        state, seen = "", 0.0
 
         def ended() -> bool:
-            nonlocal state
+            nonlocal state, seen
             state = self.show(job, "JobState")
-            if state == "PENDING" and self.show(job, "Reason") == "BeginTime":
+            if state != "PENDING" or self.show(job, "Reason") != "BeginTime":
+                seen = 0.0
+            elif not seen:
+                seen = time.monotonic()
+            elif time.monotonic() > seen + 2.0:
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
             return state in ENDED
 

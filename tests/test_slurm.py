@@ -52,8 +52,8 @@ def curve(run_dir: Path) -> list[tuple[int, float | None, float | None]]:
 @pytest.mark.slow
 def test_a_job_that_is_warned_goes_back_and_loses_nothing(cluster: Cluster, place: Path, tmp_path: Path) -> None:
     """Two nodes of one rank each, as many as Slurm gives GPUs; warned in the middle, requeued, and in the end the run of one process."""
+    alone = start(["distill", *training(place, tmp_path / "one")], tmp_path / "one")  # first: it may have to load torch, and the job is short
     job = cluster.submit("--nodes=2", "slurm/train.sbatch", *training(place, tmp_path / "run", engine="fsdp"), **JOBS)
-    alone = start(["distill", *training(place, tmp_path / "one")], tmp_path / "one")
     cluster.until(lambda: bool(steps_on_disk(tmp_path / "run")), "the job trains")
     cluster.run("scancel", "--signal=USR1", "--batch", job)
     assert alone.wait() == [0], alone.said()
