@@ -142,7 +142,8 @@ assert not has()
 assert sparse_rows(x, packed.bitmap, packed.values, packed.row_starts).item() == 2.0
 assert has()
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- the layer -------------------------------------------------------------------------------------------------------------------------
