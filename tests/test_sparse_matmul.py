@@ -111,6 +111,8 @@ def test_what_does_not_fit_is_refused() -> None:
     packed = pack_bitmap(weight)
     with pytest.raises(MinitronError, match="for inference"):
         SparseLinear(packed)(x.clone().requires_grad_())
+    with pytest.raises(MinitronError, match=r"x of shape \[6, 19\] for a sparse weight of 9 x 20"):
+        SparseLinear(packed)(x[:, :19])
     cases = [
         (x[:, :16], packed, None, "x of 16 columns does not fit a bitmap of 9 rows of 3 bytes"),
         (x.half(), packed, None, "and the same"),

@@ -123,10 +123,12 @@ class SparseLinear(nn.Module):
         """x [..., in_features] to [..., out_features].
 
         Raises:
-            MinitronError: a gradient would be lost.
+            MinitronError: a gradient would be lost, or x has another number of columns.
         """
         if torch.is_grad_enabled() and x.requires_grad:
             raise MinitronError("a packed sparse weight is for inference: run it under torch.no_grad(), or train the dense weight under its mask")
+        if x.shape[-1] != self.in_features:  # the op cannot tell: a bitmap is as long for 17 columns as for 24
+            raise MinitronError(f"x of shape {list(x.shape)} for a sparse weight of {self.out_features} x {self.in_features}")
         num = x.numel() // max(self.in_features, 1)
         if not num or not self._packed(num, x):
             return nn.functional.linear(x, self.weight, self.bias)
