@@ -81,6 +81,60 @@ Moments<float> moments_of(const Logits<In, PLAIN>& logits, int64_t vocab, float 
   return total;
 }
 
+typedef double doubles __attribute__((vector_size(8 * LANES)));
+
+float product_of(const float* x, const float* y, int64_t width) {
+  doubles many{};
+  int64_t i = 0;
+  for (; i + LANES <= width; i += LANES) {
+    many += __builtin_convertvector(load<floats>(x + i), doubles) * __builtin_convertvector(load<floats>(y + i), doubles);
+  }
+  double total = 0.0;
+  for (; i < width; ++i) total += static_cast<double>(x[i]) * y[i];
+  for (int lane = 0; lane < LANES; ++lane) total += many[lane];
+  return static_cast<float>(total);
+}
+
+constexpr int MOST = 128;
+
+// The products of tokens whose probability is one in MOST or more again, summed in float64, into their places; whether there were any. The gradient
+// stands in these few: near convergence, where it is a small difference, their rounding in a float32 product is nearly all of its error.
+template <bool PLAIN>
+bool made_anew(const Factors& f, int64_t row, float* products, const Head& head, int64_t vocab, const Moments<float>& m, float per_temperature) {
+  const Logits<float, PLAIN> logits{products, head};
+  const float floor = m.peak + logf(m.sum / MOST) / per_temperature;
+  bool any = false;
+  const auto again = [&](int64_t i) {
+    if (!(logits.template at<float>(i) >= floor)) return;
+    products[i] = product_of(f.hidden + row * f.hidden_stride, f.weight + i * f.weight_stride, f.width);
+    any = true;
+  };
+  int64_t i = 0;
+  for (; i + BLOCK * LANES <= vocab; i += BLOCK * LANES) {
+    floats highest = logits.template at<floats>(i);
+    for (int k = 1; k < BLOCK; ++k) highest = larger(highest, logits.template at<floats>(i + k * LANES));
+    float top = highest[0];
+    for (int lane = 1; lane < LANES; ++lane) top = larger(top, highest[lane]);
+    if (top >= floor) {
+      for (int64_t j = i; j < i + BLOCK * LANES; ++j) again(j);
+    }
+  }
+  for (; i < vocab; ++i) again(i);
+  return any;
+}
+
+// Peak and sums of a row, of products made anew where they can be: from memory in the end, so that whoever comes later finds the same.
+template <class In, bool PLAIN>
+Moments<float> right_moments_of(const Factors& f, int64_t row, In* products, const Head& head, int64_t vocab, float per_temperature, bool hard) {
+  const Logits<In, PLAIN> logits{products, head};
+  Moments<float> m = moments_of(logits, vocab, per_temperature, hard);
+  if constexpr (sizeof(In) == sizeof(float)) {
+    const bool anew = f.hidden != nullptr && made_anew<PLAIN>(f, row, products, head, vocab, m, per_temperature);
+    if (anew) m = moments_of(logits, vocab, per_temperature, hard);
+  }
+  return m;
+}
+
 Sums<float> folded(const Sums<floats>& many, Sums<float> total) {
   for (int lane = 0; lane < LANES; ++lane) {
     Sums<float> one;
@@ -102,13 +156,17 @@ void walk(const Arguments& a, int64_t row) {
     return;
   }
   const Logits<In, PLAIN> students{products, a.student_head};
-  const Logits<In, PLAIN> teachers{MODE == LABELS ? products : static_cast<const In*>(a.teacher) + row * a.teacher_stride, a.teacher_head};
+  In* const their_products = MODE == LABELS ? products : static_cast<In*>(a.teacher) + row * a.teacher_stride;
+  const Logits<In, PLAIN> teachers{their_products, a.teacher_head};
   const bool token = label >= 0 && label < vocab, hard = a.terms & 1 << CROSS_ENTROPY;
   const int64_t spot = token ? label : 0;
-  const float student_there = students.template at<float>(spot), teacher_there = teachers.template at<float>(spot);
+  const float per_temperature = 1.0f / a.temperature;
 
-  const Moments<float> s = moments_of(students, vocab, 1.0f / a.temperature, hard && a.temperature != 1.0f);
-  const Moments<float> t = MODE == LABELS ? s : moments_of(teachers, vocab, 1.0f / a.temperature, false);
+  const Moments<float> s =
+      right_moments_of<In, PLAIN>(a.student_factors, row, products, a.student_head, vocab, per_temperature, hard && a.temperature != 1.0f);
+  const Moments<float> t =
+      MODE == LABELS ? s : right_moments_of<In, PLAIN>(a.teacher_factors, row, their_products, a.teacher_head, vocab, per_temperature, false);
+  const float student_there = students.template at<float>(spot), teacher_there = teachers.template at<float>(spot);
   Row r = row_of(a, row, s, t);
 
   Sums<floats> many;

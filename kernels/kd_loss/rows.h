@@ -33,10 +33,19 @@ struct Head {
   float cap;
 };
 
+// What products were made of, in float32: hidden states [num_rows, width] and the head's weight [vocab, width]; hidden is null where nobody says.
+struct Factors {
+  const float* hidden;
+  const float* weight;
+  int64_t hidden_stride;
+  int64_t weight_stride;
+  int64_t width;
+};
+
 // One call. Both compilers and ctypes see this layout; everything is of natural alignment.
 struct Arguments {
   void* student;         // [num_rows, student_stride]: products of the head; the gradient with respect to them is written in place
-  const void* teacher;   // [num_rows, teacher_stride], or null where no term needs it
+  void* teacher;         // [num_rows, teacher_stride], or null where no term needs it; read, and set right where factors are given
   const int64_t* labels; // [num_rows]; rows of IGNORE_INDEX are not read, their gradient is 0
   const float* scales;   // [NUM_TERMS, num_rows]: what each row's term weighs in the gradient; null: values only
   float* values;         // [NUM_TERMS, num_rows]
@@ -52,6 +61,8 @@ struct Arguments {
   int32_t output_type; // of gradients: a row starts where its products did
   int32_t terms;       // bit mask of the terms that are measured
   int32_t num_threads; // of the host
+  Factors student_factors; // the host makes the likeliest products anew from them
+  Factors teacher_factors;
 };
 
 inline Mode mode_of(const Arguments& a) {

@@ -100,6 +100,7 @@ class KernelChunks:
     kind: str
     dtype: torch.dtype
     _buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    _theirs: tuple[torch.Tensor, torch.Tensor] | tuple[None, None] = (None, None)  # what the teacher's products are made of, until a sweep used it
 
     def __post_init__(self) -> None:
         self._kinds = constant(tuple(TERMS.index(term.kind) for term in self.terms), self.scales.device, torch.int64)
@@ -111,7 +112,9 @@ class KernelChunks:
         """The products of the teacher's head [rows, vocab] in a chunk, until the next one; None where no term asks for them."""
         if teacher is None or hidden is None or all(term.kind == "cross_entropy" for term in self.terms):
             return None
-        return self._products("teacher", hidden[rows].to(teacher.weight.dtype), teacher)
+        hidden = hidden[rows].to(teacher.weight.dtype)
+        self._theirs = self._factors(hidden, teacher)
+        return self._products("teacher", hidden, teacher)
 
     def terms_of(
         self,
@@ -126,7 +129,7 @@ class KernelChunks:
     ) -> torch.Tensor | None:
         """Add a chunk's terms to ``values`` [losses]; the gradient of the student head's products [rows, vocab], 0 in masked rows.
 
-        ``theirs`` are the products of the ``teacher``, which stay as they are; those of the student and their gradient until the next call.
+        ``theirs`` are the products of the ``teacher``, for all students of a chunk; those of the student and their gradient until the next call.
         """
         student = self._products("student", hidden, head)
         transforms = [number for each in (head, teacher or head) for number in (each.transform.scale, each.transform.cap or 0.0)]
@@ -145,10 +148,17 @@ class KernelChunks:
             next((term.beta for term in self.terms if term.kind == "jsd"), 0.5),
             dtype,
             self.kind.partition("_")[2] or "auto",
+            *self._factors(hidden, head),
+            *self._theirs,
         )
+        self._theirs = (None, None)  # the same numbers for every student, however many there are
         # a masked row has value 0 and scale 0
         values += (found.index_select(0, self._kinds) * self.scales[:, rows]).sum(dim=1)
         return gradient_view(student, dtype) if wanted else None
+
+    def _factors(self, hidden: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        """Hidden states and weight for :func:`kd_rows`, whose kernel for processors asks for them."""
+        return (hidden, head.weight) if self.kind == "host" and hidden.stride(1) == head.weight.stride(1) == 1 else (None, None)
 
     def _products(self, whose: str, hidden: torch.Tensor, head: Head) -> torch.Tensor:
         """``hidden @ weight.T`` in float32. On a CPU in one buffer for all chunks, since fresh pages cost as much as the sweep."""

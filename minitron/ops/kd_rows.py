@@ -40,6 +40,22 @@ class _Head(ctypes.Structure):
     _fields_ = [("bias", ctypes.c_void_p), ("scale", ctypes.c_float), ("cap", ctypes.c_float)]
 
 
+class _Factors(ctypes.Structure):
+    _fields_ = [
+        ("hidden", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("hidden_stride", ctypes.c_int64),
+        ("weight_stride", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+    ]
+
+    @classmethod
+    def of(cls, hidden: torch.Tensor | None, weight: torch.Tensor | None) -> _Factors:
+        if hidden is None or weight is None:
+            return cls()
+        return cls(hidden.data_ptr(), weight.data_ptr(), hidden.stride(0), weight.stride(0), hidden.shape[1])
+
+
 class Arguments(ctypes.Structure):
     """``kd::Arguments`` of rows.h."""
 
@@ -61,6 +77,8 @@ class Arguments(ctypes.Structure):
         ("output_type", ctypes.c_int32),
         ("terms", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
+        ("student_factors", _Factors),
+        ("teacher_factors", _Factors),
     ]
 
 
@@ -69,7 +87,7 @@ def mask_of(terms: Sequence[RowTerm]) -> int:
     return sum(1 << TERMS.index(kind) for kind in {term.kind for term in terms})
 
 
-@torch.library.custom_op("minitron::kd_rows", mutates_args=("student",))
+@torch.library.custom_op("minitron::kd_rows", mutates_args=("student", "teacher"))
 def kd_rows(
     student: torch.Tensor,
     teacher: torch.Tensor | None,
@@ -83,13 +101,17 @@ def kd_rows(
     beta: float,
     output_dtype: torch.dtype,
     variant: str,
+    student_hidden: torch.Tensor | None = None,
+    student_weight: torch.Tensor | None = None,
+    teacher_hidden: torch.Tensor | None = None,
+    teacher_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Values of every term in every row; the student's products become the gradient with respect to them.
 
     Args:
         student: [rows, vocab], products of its head (float32 or bf16), the vocabulary contiguous. A bf16 gradient of float32 products fills the
             first half of every row: :func:`gradient_view`.
-        teacher: the same of the teacher, not changed; None where no term needs it.
+        teacher: the same of the teacher; None where no term needs it.
         labels: [rows] int64. Rows of the ignored index are not read; their values and gradients are 0.
         scales: [terms, rows] float32, contiguous: what a row's term weighs in the gradient. None leaves the products as they are.
         student_bias, teacher_bias: [vocab] float32.
@@ -99,12 +121,17 @@ def kd_rows(
         beta: the teacher's share in the mixture of ``jsd``, more than 0 and less than 1.
         output_dtype: of the gradient; that of the products, or bf16.
         variant: one of :data:`VARIANTS`, for CUDA.
+        student_hidden, student_weight, teacher_hidden, teacher_weight: [rows, width] and [vocab, width], float32 like the products that were made of
+            them. Where they are given, the kernel of a processor first makes the products of likely tokens (1/128 and more) anew, summed in
+            float64, in place: near convergence their rounding is nearly all of the gradient's error. Others leave the products as they are.
 
     Returns:
         [terms, rows] float32, before any weight; 0 for terms that are not asked for, but forward KL, which comes with any divergence.
     """
     values = torch.empty(len(TERMS), len(labels), dtype=torch.float32, device=student.device)
     _check(student, teacher, labels, scales, output_dtype)
+    _check_factors(student, student_hidden, student_weight)
+    _check_factors(teacher, teacher_hidden, teacher_weight)
     target = "cuda" if student.device.type == "cuda" else "host"
     library = build.load("kd_loss", target)
     if isinstance(library, build.BuildError):
@@ -116,6 +143,8 @@ def kd_rows(
 
     arguments = arguments_of(student, teacher, labels, scales, student_bias, teacher_bias, transforms, terms, temperature, beta, output_dtype, values)
     if target == "host":
+        arguments.student_factors = _Factors.of(student_hidden, student_weight)
+        arguments.teacher_factors = _Factors.of(teacher_hidden, teacher_weight)
         code = library.kd_loss_host(ctypes.byref(arguments))
     else:
         with torch.cuda.device(student.device):
@@ -192,6 +221,10 @@ def _(
     beta: float,
     output_dtype: torch.dtype,
     variant: str,
+    student_hidden: torch.Tensor | None = None,
+    student_weight: torch.Tensor | None = None,
+    teacher_hidden: torch.Tensor | None = None,
+    teacher_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return student.new_empty((len(TERMS), labels.shape[0]), dtype=torch.float32)
 
@@ -209,6 +242,17 @@ def _check(student: torch.Tensor, teacher: torch.Tensor | None, labels: torch.Te
         raise ValueError(f"a gradient of {output_dtype} in the place of products of {student.dtype}")
     if scales is not None and (scales.shape != (len(TERMS), len(labels)) or not scales.is_contiguous() or scales.dtype != torch.float32):
         raise ValueError(f"scales of shape {list(scales.shape)} for {len(TERMS)} terms and {len(labels)} rows")
+
+
+def _check_factors(products: torch.Tensor | None, hidden: torch.Tensor | None, weight: torch.Tensor | None) -> None:
+    """Raise ValueError unless the products can have been made of these two."""
+    if hidden is None and weight is None:
+        return
+    if products is None or hidden is None or weight is None:
+        raise ValueError("hidden states and weight come together, beside products that were made of them")
+    fits = hidden.shape == (len(products), weight.shape[1]) and len(weight) == products.shape[1]
+    if not fits or any(each.dtype != torch.float32 or each.stride(1) != 1 or each.device != products.device for each in (hidden, weight)):
+        raise ValueError(f"products of shape {list(products.shape)} from float32 factors of {list(hidden.shape)} and {list(weight.shape)}")
 
 
 def gradient_view(student: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
