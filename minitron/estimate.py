@@ -21,6 +21,7 @@ from minitron.models.family import resized_config
 from minitron.scaling import Scaling, scaling_story
 from minitron.search import explicit_shape, find_shapes
 from minitron.search.ranking import planned_cost
+from minitron.sparsify.shared.sparsifier import sample_passes
 
 #: Share of a plain matrix product's rate that whole stages reach: measured on two CPU cores; on GPUs a modest MFU.
 _EFFICIENCY = {"cpu": 0.6, "gpu": 0.4}
@@ -179,9 +180,10 @@ def stage_cost(stage: str, config: Config, teacher: Architecture, student: Archi
     if stage == "importance":
         tokens = float(sections["importance"].num_samples * length)
         return tokens, scoring_flops(teacher, num_tokens=tokens, sequence_length=length)
-    if stage == "sparsify":  # statistics with dense weights, then the outputs of sparse ones
-        tokens = float(sections["sparsify"].num_samples * length)
-        return tokens, 2.0 * scoring_flops(student if "prune" in config.recipe.stages else teacher, num_tokens=tokens, sequence_length=length)
+    if stage == "sparsify":
+        shape = student if "prune" in config.recipe.stages else teacher
+        tokens, passes = float(sections["sparsify"].num_samples * length), sample_passes(sections["sparsify"], shape)
+        return tokens if passes else 0.0, passes * scoring_flops(shape, num_tokens=tokens, sequence_length=length)
     if stage == "cache" and (training.num_steps or training.num_tokens):
         head, held_out = sections["cache"].signal != "hidden_states", float(training.num_validation_sequences * length)
         flops = held_out * teacher.flops_per_token(length, head=head)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from minitron.cli import main
+from minitron.core.architecture import Architecture
 from minitron.core.cost import training_flops
 from minitron.core.memory import Memory, Setup, StateSizes, activation_bytes, training_memory
 from minitron.core.traffic import training_traffic
@@ -34,6 +35,8 @@ from minitron.models import discover
 from minitron.models.head import decoder_of
 from minitron.models.load import shard_group_size
 from minitron.ops import build
+from minitron.sparsify import SparsifyConfig
+from minitron.sparsify.shared.sparsifier import sample_passes
 
 VOCAB, LENGTH, SEQUENCES = 2000, 64, 4
 
@@ -492,6 +495,23 @@ def test_cached_and_further_teachers_are_counted(folder: Path, capsys: pytest.Ca
     assert more["distill"] - alone["distill"] == pytest.approx((tokens + held_out) * whole)
     sparse = planned(capsys, *words, "recipe=sparse", "sparsify.num_samples=16")["flops"]
     assert sparse["sparsify"] == pytest.approx(2 * 16 * 64 * blocks)
+
+
+def test_passes_of_the_samples() -> None:
+    """Statistics and outputs; OWL's walk before; Hessians of Mixtral 8x7B's experts, two at a time; none where nothing is asked of the text."""
+    dense = Architecture(32, 4096, 14336, 32, 8, 128, 32000, False)
+    mixtral = Architecture(32, 4096, 0, 32, 8, 128, 32000, False, num_experts=8, expert_ffn_size=14336)
+    passes = [
+        ({"name": "wanda"}, 2, 2),
+        ({"name": "wanda", "ratios": "owl"}, 4, 4),
+        ({"name": "magnitude"}, 0, 0),
+        ({"name": "magnitude", "ratios": "owl"}, 3, 3),
+        ({"name": "sparsegpt"}, 2, 5),
+        ({"name": "sparsegpt", "dense": ["experts"]}, 2, 2),
+    ]
+    for options, plain, routed in passes:
+        config = SparsifyConfig(**options)
+        assert (sample_passes(config, dense), sample_passes(config, mixtral)) == (plain, routed)
 
 
 def test_a_machine_is_measured_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

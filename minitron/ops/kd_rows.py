@@ -50,9 +50,15 @@ class _Factors(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, hidden: torch.Tensor | None, weight: torch.Tensor | None) -> _Factors:
-        if hidden is None or weight is None:
+    def of(cls, products: torch.Tensor | None, hidden: torch.Tensor | None, weight: torch.Tensor | None) -> _Factors:
+        """What products were made of; ValueError unless they can have been made of these two."""
+        if hidden is None and weight is None:
             return cls()
+        if products is None or hidden is None or weight is None:
+            raise ValueError("hidden states and weight come together, beside products that were made of them")
+        fits = hidden.shape == (len(products), weight.shape[1]) and len(weight) == products.shape[1]
+        if not fits or any(each.dtype != torch.float32 or each.stride(1) != 1 or each.device != products.device for each in (hidden, weight)):
+            raise ValueError(f"products of shape {list(products.shape)} from float32 factors of {list(hidden.shape)} and {list(weight.shape)}")
         return cls(hidden.data_ptr(), weight.data_ptr(), hidden.stride(0), weight.stride(0), hidden.shape[1])
 
 
@@ -122,37 +128,39 @@ def kd_rows(
         output_dtype: of the gradient; that of the products, or bf16.
         variant: one of :data:`VARIANTS`, for CUDA.
         student_hidden, student_weight, teacher_hidden, teacher_weight: [rows, width] and [vocab, width], float32 like the products that were made of
-            them. Where they are given, the kernel of a processor first makes the products of likely tokens (1/128 and more) anew, summed in
-            float64, in place: near convergence their rounding is nearly all of the gradient's error. Others leave the products as they are.
+            them. A processor's kernel then makes those of likely tokens (1/128 and more) anew first, in float64 sums, in place: near convergence
+            their rounding is nearly all of the gradient's error. Other kernels leave them as they are.
 
     Returns:
         [terms, rows] float32, before any weight; 0 for terms that are not asked for, but forward KL, which comes with any divergence.
     """
     values = torch.empty(len(TERMS), len(labels), dtype=torch.float32, device=student.device)
     _check(student, teacher, labels, scales, output_dtype)
-    _check_factors(student, student_hidden, student_weight)
-    _check_factors(teacher, teacher_hidden, teacher_weight)
+    factors = _Factors.of(student, student_hidden, student_weight), _Factors.of(teacher, teacher_hidden, teacher_weight)
+    given = (student, teacher, labels, scales, student_bias, teacher_bias, transforms, terms, temperature, beta)
     target = "cuda" if student.device.type == "cuda" else "host"
     library = build.load("kd_loss", target)
     if isinstance(library, build.BuildError):
         if target == "cuda":
             raise library
-        return reference_rows(
-            student, teacher, labels, scales, student_bias, teacher_bias, transforms, terms, temperature, beta, output_dtype=output_dtype
-        )
+        return reference_rows(*given, output_dtype=output_dtype)
 
-    arguments = arguments_of(student, teacher, labels, scales, student_bias, teacher_bias, transforms, terms, temperature, beta, output_dtype, values)
+    arguments = arguments_of(*given, output_dtype, values)
     if target == "host":
-        arguments.student_factors = _Factors.of(student_hidden, student_weight)
-        arguments.teacher_factors = _Factors.of(teacher_hidden, teacher_weight)
+        arguments.student_factors, arguments.teacher_factors = factors
         code = library.kd_loss_host(ctypes.byref(arguments))
     else:
-        with torch.cuda.device(student.device):
-            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            code = library.kd_loss_cuda(ctypes.byref(arguments), VARIANTS.index(variant), stream)
+        code = _launch(library, arguments, student.device, variant)
     if code:
         raise KernelError(f"the loss kernel for {target} reports error {code}: {error_text(library, code)}")
     return values
+
+
+def _launch(library: Any, arguments: Arguments, device: torch.device, variant: str) -> int:
+    """Start the CUDA kernel on the device's current stream; the error code."""
+    with torch.cuda.device(device):
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        return int(library.kd_loss_cuda(ctypes.byref(arguments), VARIANTS.index(variant), stream))
 
 
 def arguments_of(
@@ -242,17 +250,6 @@ def _check(student: torch.Tensor, teacher: torch.Tensor | None, labels: torch.Te
         raise ValueError(f"a gradient of {output_dtype} in the place of products of {student.dtype}")
     if scales is not None and (scales.shape != (len(TERMS), len(labels)) or not scales.is_contiguous() or scales.dtype != torch.float32):
         raise ValueError(f"scales of shape {list(scales.shape)} for {len(TERMS)} terms and {len(labels)} rows")
-
-
-def _check_factors(products: torch.Tensor | None, hidden: torch.Tensor | None, weight: torch.Tensor | None) -> None:
-    """Raise ValueError unless the products can have been made of these two."""
-    if hidden is None and weight is None:
-        return
-    if products is None or hidden is None or weight is None:
-        raise ValueError("hidden states and weight come together, beside products that were made of them")
-    fits = hidden.shape == (len(products), weight.shape[1]) and len(weight) == products.shape[1]
-    if not fits or any(each.dtype != torch.float32 or each.stride(1) != 1 or each.device != products.device for each in (hidden, weight)):
-        raise ValueError(f"products of shape {list(products.shape)} from float32 factors of {list(hidden.shape)} and {list(weight.shape)}")
 
 
 def gradient_view(student: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

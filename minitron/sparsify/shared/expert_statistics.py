@@ -19,6 +19,11 @@ from minitron.sparsify.shared.statistics import Sums, scale_of
 HESSIAN_BYTES = 4 << 30
 
 
+def in_a_pass(widths: Sequence[int]) -> int:
+    """Experts whose Hessians stand in memory together, one at least; ``widths``: the inputs of each of an expert's matrices."""
+    return max(1, HESSIAN_BYTES // (8 * sum(width * width for width in widths)))
+
+
 def expert_name(name: str, expert: int) -> str:
     """One expert's matrix, as errors and statistics name it."""
     return f"{name}[{expert}]"
@@ -34,8 +39,7 @@ class Experts:
 
     def split(self, widths: Sequence[int]) -> list[Experts]:
         """Groups of experts whose Hessians take no more than :data:`HESSIAN_BYTES`, or one expert each; ``widths``: the inputs of each parameter."""
-        each = 8 * sum(width * width for width in widths)
-        count = max(1, HESSIAN_BYTES // each)
+        count = in_a_pass(widths)
         return [Experts(self.module, self.names, self.numbers[first : first + count]) for first in range(0, len(self.numbers), count)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from minitron import dist
+from minitron.core.architecture import Architecture
 from minitron.core.axes import ParameterSpec
 from minitron.core.sparsity import Pattern, SparsityRecord, share_of_zeros
 from minitron.errors import DataError, Interrupted
@@ -20,7 +22,7 @@ from minitron.models.family import Family
 from minitron.sparsify import SparsifyConfig, build_method
 from minitron.sparsify.magnitude import Magnitude
 from minitron.sparsify.shared.blocks import require_blocks_alone
-from minitron.sparsify.shared.expert_statistics import Experts, expert_name
+from minitron.sparsify.shared.expert_statistics import Experts, expert_name, in_a_pass
 from minitron.sparsify.shared.matrices import experts_of, matrices_of
 from minitron.sparsify.shared.method import Inputs
 from minitron.sparsify.shared.ratios import layer_patterns, outlier_share
@@ -37,6 +39,17 @@ def needs_text(config: SparsifyConfig) -> bool:
         ConfigError: the section cannot be used.
     """
     return build_method(config).needs != "none" or config.ratios == "owl"
+
+
+def sample_passes(config: SparsifyConfig, shape: Architecture) -> int:
+    """How often the samples go through every block: for OWL's walk, for statistics (one group of experts after the other, where their Hessians are
+    many) and on to the next block."""
+    if not needs_text(config):
+        return 0
+    needs, passes = build_method(config).needs, 3 if config.ratios == "owl" else 1
+    if needs != "hessian" or not shape.num_experts or any(part in "mlp.experts.gate_up_proj" for part in config.dense):
+        return passes + (needs != "none")
+    return passes + math.ceil(shape.num_experts / in_a_pass((shape.hidden_size, shape.expert_ffn_size)))
 
 
 @dataclass
