@@ -5,9 +5,10 @@
     python benchmarks/search.py --only shared [--k 8 --k-steps 4]               # 8 candidates side by side, and as 8 runs with a teacher each
     python benchmarks/search.py --only page                                     # only write the page from what is done
 
-1. ``toy``, ``smollm2``: for every seed a full ranking, and for ``toy`` one by halving. Written down: everybody's rank before training and after 25,
-   50 and 100% of the steps, Kendall's τ of every evaluation with the end, exact FLOPs of both, the regret of what halving chose beside the standard
-   error of the lead (paired bootstrap over the held-out sequences), and how often ways of halving find the best on subsets of the recorded curves.
+1. ``toy``, ``smollm2``: for every seed a full ranking, and for ``toy`` one by halving (``--replay-alone``: replayed on the curves of the former).
+   Written down: everybody's rank before training and after 25, 50 and 100% of the steps, Kendall's τ of every evaluation with the end, exact FLOPs
+   of both, the regret of what halving chose beside the standard error of the lead (paired bootstrap over the held-out sequences), and how often ways
+   of halving find the best on subsets of the recorded curves, for how many of the FLOPs of full runs with a teacher each.
 2. ``shared``: seconds of processor time of both ways in turns (A B A B) in one process, beside the ratio of FLOPs that the cost model says.
 
 Rankings are gone on with where they were, at any point: run folders stay in ``--folder``. Writes ``<out>/<machine>/search.json`` and
@@ -24,6 +25,7 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,11 @@ import torch  # noqa: E402
 from search_page import write_page  # noqa: E402
 
 from minitron.cli import main as minitron  # noqa: E402
-from minitron.search.race import RaceRules, Rung, losses_at, replay  # noqa: E402
+from minitron.core.candidate import read_candidates  # noqa: E402
+from minitron.models.family import discover  # noqa: E402
+from minitron.models.load import config_of  # noqa: E402
+from minitron.search.race import Outcome, RaceRules, Rung, losses_at, replay  # noqa: E402
+from minitron.search.ranking import RankingConfig, cost_of  # noqa: E402
 from minitron.search.statistics import kendall_tau, paired_gap  # noqa: E402
 from minitron.search.trials import Record  # noqa: E402
 
@@ -168,23 +174,50 @@ def ranked(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             "zero_shot_tau": full.get("zero_shot_tau"),
             **settling(records(folder / "full")),
         }
-        if suite.halving:
+        if suite.halving and not options.replay_alone:
             short, _ = rank(folder / "halving", base, words, "ranking.method=halving")
-            chosen = short["candidates"][0]["name"]
-            row["flops"]["halving"], row["chosen"] = short["cost"]["shared"], chosen
-            row["flops_ratio"] = full["cost"]["full_independent"] / short["cost"]["shared"]
-            row["regret"] = row["losses"][chosen] - min(row["losses"].values())
+            row["flops"]["halving"], row["chosen"] = short["cost"]["shared"], short["candidates"][0]["name"]
+        elif suite.halving:
+            curves = records(folder / "full")
+            outcome = OURS.of(curves)
+            row["flops"]["halving"] = full["cost"]["full_independent"] * price(folder / "full", Path(options.teacher))(outcome.steps)
+            row["chosen"], row["replayed"] = outcome.order[0], True
+        if suite.halving:
+            row["flops_ratio"] = full["cost"]["full_independent"] / row["flops"]["halving"]
+            row["regret"] = row["losses"][row["chosen"]] - min(row["losses"].values())
         rows.append(row)
         print(json.dumps({key: value for key, value in row.items() if key not in ("ranks", "losses")}), flush=True)
     return rows
 
 
-#: Ways of halving that are replayed: title, rungs as shares of the steps, one in so many stays at each, fewest, rescue, extrapolate.
-REPLAYS = (
-    ("as usually told: rungs at 1/9 and 1/3, η = 3, losses as they are", (1 / 9, 1 / 3), 3.0, 2, 0.15, 0.0),
-    ("the same with losses extrapolated", (1 / 9, 1 / 3), 3.0, 2, 0.0, 0.1),
-    ("minitron's rungs at 1/12 and 1/6, η = 2.5, losses as they are", (1 / 12, 1 / 6), 2.5, 3, 0.0, 0.0),
-    ("minitron's", (1 / 12, 1 / 6), 2.5, 3, 0.0, 0.1),
+@dataclass(frozen=True)
+class Way:
+    """A way of halving: rungs as shares of the steps, one in ``eta`` stays at each, ``fewest`` at least."""
+
+    title: str
+    shares: tuple[float, ...]
+    eta: float
+    fewest: int
+    rescue: float = 0.0
+    extrapolate: float = 0.0
+
+    def of(self, curves: dict[str, list[dict[str, Any]]]) -> Outcome:
+        """What it would have done; rungs lie at evaluations that were made."""
+        steps, rungs = [point["step"] for point in next(iter(curves.values()))], {}
+        for number, share in enumerate(self.shares, start=1):
+            step = min(steps[1:-1], key=lambda step: abs(step - share * steps[-1]))  # noqa: B023
+            rungs[step] = Rung(step, max(self.fewest, round(len(curves) / self.eta**number)))
+        rules = RaceRules(steps[-1], steps[1], tuple(rungs.values()), self.rescue, False, self.extrapolate)
+        return replay(list(curves), rules, curves=curves)
+
+
+OURS = Way("minitron's", (0.1, 0.2, 0.4), 1.6, 2, extrapolate=0.1)
+WAYS = (
+    Way("as usually told: rungs at 1/9 and 1/3, η = 3, losses as they are", (1 / 9, 1 / 3), 3.0, 2, rescue=0.15),
+    Way("the same with losses extrapolated", (1 / 9, 1 / 3), 3.0, 2, extrapolate=0.1),
+    Way("rungs at 1/12 and 1/6, η = 2.5, three left, losses extrapolated", (1 / 12, 1 / 6), 2.5, 3, extrapolate=0.1),
+    Way("minitron's rungs at 1/10, 1/5 and 2/5, η = 1.6, losses as they are", (0.1, 0.2, 0.4), 1.6, 2),
+    OURS,
 )
 
 
@@ -195,34 +228,46 @@ def replayed(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """
     suite, rows = options.suites[name], []
     for seed in options.seeds or suite.seeds:
-        curves = records(options.folder / f"{name}-{seed}" / "full")
+        run = options.folder / f"{name}-{seed}" / "full"
+        curves = records(run)
         steps = [point["step"] for point in next(iter(curves.values()))]
         if steps[1] <= steps[-1] / 24 + 1:
-            rows += [{"seed": seed, "way": title, **replays(curves, *way)} for title, *way in REPLAYS]
+            rows += [{"seed": seed, "way": way.title, **replays(curves, way, price(run, Path(options.teacher)))} for way in WAYS]
     return rows
 
 
-def replays(
-    everybody: dict[str, list[dict[str, Any]]], shares: tuple[float, ...], eta: float, fewest: int, rescue: float, extrapolate: float
-) -> dict[str, Any]:
-    """One way of halving on all subsets that lack two candidates; rungs lie at evaluations."""
-    steps = [point["step"] for point in next(iter(everybody.values()))]
-    agreed, as_good, cost, regrets = 0, 0, [], []
+def price(run: Path, teacher: Path) -> Callable[[Mapping[str, int]], float]:
+    """Steps that candidates were trained → exact FLOPs over those of training each of them to the end with a teacher of its own."""
+    whole, settings = discover(config_of(teacher)).architecture, json.loads((run / "ranking" / "manifest.json").read_text())["settings"]
+    path = run / "candidates" / "candidates.jsonl"
+    shapes = {candidate.name: candidate.architecture for candidate in read_candidates(path, whole.layout)}
+    curves, length = records(run), settings["data"]["sequence_length"]
+    sizes = {"tokens_per_step": settings["training"]["batch_size"] * length, "sequence_length": length, "share_head": RankingConfig().share_head}
+    sizes["held_out_tokens"] = settings["ranking"]["num_validation_sequences"] * length
+
+    def share(reached: Mapping[str, int]) -> float:
+        done = {name: Record(name, 0, curve=[point for point in curves[name] if point["step"] <= step]) for name, step in reached.items()}
+        cost = cost_of(shapes, whole, done, **sizes)
+        return cost["shared"] / cost["full_independent"]
+
+    return share
+
+
+def replays(everybody: dict[str, list[dict[str, Any]]], way: Way, flops: Callable[[Mapping[str, int]], float]) -> dict[str, Any]:
+    """One way of halving on all subsets that lack two candidates."""
+    last = next(iter(everybody.values()))[-1]["step"]
+    agreed, as_good, cost, spent, regrets = 0, 0, [], [], []
     for left_out in itertools.combinations(everybody, 2):
         names = [name for name in everybody if name not in left_out]
         curves = {name: everybody[name] for name in names}
-        rungs = {}
-        for number, share in enumerate(shares, start=1):
-            step = min(steps[1:-1], key=lambda step: abs(step - share * steps[-1]))  # noqa: B023
-            rungs[step] = Rung(step, max(fewest, round(len(names) / eta**number)))
-        rules = RaceRules(steps[-1], steps[1], tuple(rungs.values()), rescue, False, extrapolate)
-        outcome = replay(names, rules, curves=curves)
-        ends = dict(zip(names, losses_at(curves, names, steps[-1]), strict=True))
+        outcome = way.of(curves)
+        ends = dict(zip(names, losses_at(curves, names, last), strict=True))
         best, chosen = min(ends, key=ends.__getitem__), outcome.order[0]
         gap, error = paired_gap(curves[best][-1]["sequences"], curves[chosen][-1]["sequences"]) if best != chosen else (0.0, 1.0)
         agreed, as_good = agreed + (best == chosen), as_good + (gap <= 2 * error)
         regrets.append(ends[chosen] - ends[best])
-        cost.append(sum(outcome.steps.values()) / (len(names) * steps[-1]))
+        spent.append(flops(outcome.steps))
+        cost.append(sum(outcome.steps.values()) / (len(names) * last))
     count = len(cost)
     return {
         "subsets": count,
@@ -230,6 +275,7 @@ def replays(
         "top_1_or_as_good": as_good / count,
         "mean_regret": statistics.mean(regrets),
         "share_of_steps": statistics.median(cost),
+        "share_of_flops": statistics.median(spent),
     }
 
 
@@ -274,6 +320,7 @@ def main() -> None:
     for name in ("candidates", "steps", "every", "held-out"):
         parser.add_argument(f"--{name}", type=int, help="in place of the suite's")
     parser.add_argument("--seeds", type=int, nargs="*")
+    parser.add_argument("--replay-alone", action="store_true", help="toy: halving is replayed on the curves of the full ranking and not run")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "search-benchmark")
     parser.add_argument("--only", choices=(*SUITES, "shared", "page"))
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")

@@ -42,7 +42,7 @@ def _suite(part: dict[str, Any]) -> list[str]:
         settled = "not before the end" if row["settled_at"] in (None, row["steps"]) else str(row["settled_at"])
         halved = ["", "", f"{lead:.4f}", ""]
         if "chosen" in row:
-            same = "yes" if row["best"] == row["chosen"] else "no"
+            same = ("yes" if row["best"] == row["chosen"] else "no") + (" (replayed)" if row.get("replayed") else "")
             halved = [same, f"{row['regret']:.4f}", f"{lead:.4f}", f"{row['flops_ratio']:.1f}"]
         start = [*(str(row[key]) for key in ("seed", "candidates", "steps")), str(sorted(taus)[1])]
         cells = [*start, *(f"{tau:.2f}" for tau in at), settled, *halved]
@@ -51,7 +51,7 @@ def _suite(part: dict[str, Any]) -> list[str]:
         lines += [
             "",
             "Halving replayed on curves that were measured often enough for it, without every pair of candidates in turn; standard errors are "
-            "those of the difference to the best, paired.",
+            "those of the difference to the best, paired. Candidate-steps and FLOPs are shares of those of runs to the end, with a teacher for each.",
             "",
             *_replays(replay),
         ]
@@ -63,12 +63,17 @@ def _suite(part: dict[str, Any]) -> list[str]:
 
 
 def _replays(rows: list[dict[str, Any]]) -> list[str]:
-    """Every way of halving, seed by seed."""
-    lines = ["| way | seed | subsets | finds the best | or one within two standard errors | mean regret (nats) | candidate-steps |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
-    for row in sorted(rows, key=lambda row: [other["way"] for other in rows].index(row["way"])):
-        cells = [row["way"], str(row["seed"]), str(row["subsets"]), f"{row['top_1']:.1%}", f"{row['top_1_or_as_good']:.1%}"]
-        cells += [f"{row['mean_regret']:.5f}", f"{row['share_of_steps']:.0%}"]
+    """Every way of halving: the means over the seeds, and what it found with each."""
+    seeds = ", ".join(str(seed) for seed in dict.fromkeys(row["seed"] for row in rows))
+    lines = [
+        f"| way | subsets | finds the best | with seed {seeds} | or one within two standard errors | mean regret (nats) | candidate-steps | FLOPs |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        own = [row for row in rows if row["way"] == way]
+        mean = {name: sum(row[name] for row in own) / len(own) for name in own[0] if name not in ("way", "seed")}
+        cells = [way, str(sum(row["subsets"] for row in own)), f"{mean['top_1']:.1%}", ", ".join(f"{100 * row['top_1']:.0f}" for row in own)]
+        cells += [f"{mean['top_1_or_as_good']:.1%}", f"{mean['mean_regret']:.5f}", f"{mean['share_of_steps']:.0%}", f"{mean['share_of_flops']:.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

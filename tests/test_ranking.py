@@ -28,7 +28,7 @@ from minitron.core.cost import ranking_flops
 from minitron.distill.settings import TrainingConfig
 from minitron.errors import ConfigError
 from minitron.search.placement import group_size
-from minitron.search.race import RaceRules, Rung, extrapolated, halving_rungs, losses_at, promoted, race, replay, settled
+from minitron.search.race import RaceRules, Rung, extrapolated, halving_rungs, losses_at, promoted, race, replay, settled, usual_steps
 from minitron.search.ranking import RankingConfig, task_of
 from minitron.search.statistics import kendall_tau, paired_gap
 
@@ -499,12 +499,11 @@ def test_rungs() -> None:
             taken, before, alive = taken + alive * (rung.step - before), rung.step, rung.keep
         return taken + alive * (num_steps - before)
 
-    usual = halving_rungs(20, num_steps=400, eta=RankingConfig().eta, first=33)
-    assert usual == (Rung(33, 8), Rung(66, 3)) and 20 * 400 / steps_taken(20, usual, 400) == pytest.approx(4.15, abs=0.05)
-    two = halving_rungs(20, num_steps=480, eta=2, first=1)
-    assert two == (Rung(20, 10), Rung(40, 5), Rung(80, 3)) and steps_taken(20, two, 480) == 20 * 20 + 10 * 20 + 5 * 40 + 3 * 400
-    assert halving_rungs(20, num_steps=400, eta=3, first=45) == (Rung(66, 7),)  # none inside the warm-up
-    assert halving_rungs(3, num_steps=400, eta=3, first=1) == ()
+    usual = halving_rungs(20, usual_steps(400, first=33), eta=RankingConfig().eta)
+    assert usual == (Rung(40, 12), Rung(80, 8), Rung(160, 5)) and steps_taken(20, usual, 400) == 20 * 40 + 12 * 40 + 8 * 80 + 5 * 240
+    assert usual_steps(400, first=50) == [80, 160]  # none inside the warm-up
+    assert usual_steps(2) == [1] and usual_steps(1) == []
+    assert halving_rungs(6, [3, 6, 9], eta=3) == (Rung(3, 2), Rung(6, 2), Rung(9, 2))
 
 
 def made_up(names: list[str], *, seed: int, steps: list[int], noise: float = 0.0) -> dict[str, list[dict[str, Any]]]:
@@ -521,20 +520,23 @@ def made_up(names: list[str], *, seed: int, steps: list[int], noise: float = 0.0
     return curves
 
 
-def test_replayed_halving_finds_the_best_for_a_quarter() -> None:
-    """100 made-up searches of 20 candidates whose curves cross: in nine of ten the winner, or one within a thousandth, at a quarter of the steps;
-    losses as they are do worse."""
+def test_replayed_halving_finds_the_best_for_two_fifths() -> None:
+    """300 made-up searches of 20 candidates whose curves cross: nearly always the winner, or one within a thousandth, at two fifths of the steps.
+    With earlier rungs less often, and there losses as they are do worse still."""
     names = [f"c{number:02d}" for number in range(20)]
-    rules = RaceRules(400, 50, halving_rungs(20, num_steps=400, eta=2.5, first=33), extrapolate=0.1)
-    regrets: dict[float, list[float]] = {0.1: [], 0.0: []}
-    for seed in range(100):
-        curves = made_up(names, seed=seed, steps=rules.evaluations)
+    rules = RaceRules(400, 50, halving_rungs(20, usual_steps(400), eta=1.6), extrapolate=0.1)
+    early = replace(rules, rungs=(Rung(33, 8), Rung(66, 3)))
+    regrets: dict[str, list[float]] = {"usual": [], "early": [], "early, as they are": []}
+    for seed in range(300):
+        curves = made_up(names, seed=seed, steps=sorted({*rules.evaluations, *early.evaluations}))
         ends = dict(zip(names, losses_at(curves, names, 400), strict=True))
-        for share, found in regrets.items():
-            outcome = replay(names, replace(rules, extrapolate=share), curves=curves)
+        for (way, found), tried in zip(regrets.items(), (rules, early, replace(early, extrapolate=0.0)), strict=True):
+            outcome = replay(names, tried, curves=curves)
             found.append(ends[outcome.order[0]] - min(ends.values()))
-            assert sum(outcome.steps.values()) <= 0.25 * 20 * 400
-    assert sum(regret < 1e-3 for regret in regrets[0.1]) >= 88 and sum(regrets[0.1]) < 0.8 * sum(regrets[0.0])
+            assert sum(outcome.steps.values()) <= (0.39 if way == "usual" else 0.25) * 20 * 400
+    hits = {way: sum(regret < 1e-3 for regret in found) for way, found in regrets.items()}
+    assert hits["usual"] >= 0.98 * 300 and hits["usual"] > hits["early"] > hits["early, as they are"]
+    assert sum(regrets["usual"]) < 0.2 * sum(regrets["early"]) < 0.2 * 0.8 * sum(regrets["early, as they are"])
 
 
 def test_a_late_bloomer_is_rescued() -> None:

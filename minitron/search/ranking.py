@@ -15,7 +15,7 @@ from minitron.distill.settings import TrainingConfig
 from minitron.errors import ConfigError, nearest
 from minitron.evaluate import EvaluateConfig
 from minitron.search.placement import Share
-from minitron.search.race import Outcome, RaceRules, Rung, agreements, halving_rungs, losses_at, race, replay
+from minitron.search.race import Outcome, RaceRules, Rung, agreements, halving_rungs, losses_at, race, replay, usual_steps
 from minitron.search.statistics import kendall_tau, paired_gap
 from minitron.search.trials import Record
 
@@ -35,9 +35,9 @@ class RankingConfig:
     evaluate_every: int = option(50, "steps between held-out losses", recorded=True)
     num_validation_sequences: int = option(32, "held-out sequences of each")
     tasks: list[str] = option([], "tasks of the lm-eval harness that every candidate is asked at each evaluation, as evaluate.task_path, limit… say")
-    eta: float = option(2.5, "halving: one candidate in so many stays at a rung")
+    eta: float = option(1.6, "halving: one candidate in so many stays at a rung")
     rungs: list[int] | None = option(
-        None, "halving: steps of the rungs; null: a sixth of num_steps, half of that, and so on, none before the warm-up ends; three stay"
+        None, "halving: steps of the rungs; null: a tenth, a fifth and two fifths of num_steps, none before the warm-up ends"
     )
     extrapolate: float = option(
         0.1, "halving: losses as they may be at the end, if each doubling of the steps brings this share of what the last one brought; 0: as they are"
@@ -86,9 +86,8 @@ class RankingConfig:
         """How far candidates are trained and who goes on."""
         rungs: tuple[Rung, ...] = ()
         if (method or self.method) == "halving":
-            rungs = halving_rungs(num_candidates, num_steps=self.num_steps, eta=self.eta, first=max(num_warmup_steps, 1))
-            if self.rungs is not None:
-                rungs = tuple(Rung(step, max(2, round(num_candidates / self.eta**number))) for number, step in enumerate(self.rungs, start=1))
+            steps = usual_steps(self.num_steps, first=num_warmup_steps) if self.rungs is None else self.rungs
+            rungs = halving_rungs(num_candidates, steps, eta=self.eta)
         return RaceRules(self.num_steps, self.evaluate_every, rungs, self.rescue, self.stop_when_stable, self.extrapolate)
 
     def check(self, base: TrainingConfig) -> None:
@@ -244,7 +243,7 @@ def regret_of(names: Sequence[str], full: RaceRules, curves: dict[str, list[dict
 
     Rungs lie at the evaluations that the full run made.
     """
-    rungs = halving_rungs(len(names), num_steps=full.num_steps, eta=settings.eta, first=1)
+    rungs = halving_rungs(len(names), usual_steps(full.num_steps), eta=settings.eta)
     made = [step for step in full.evaluations if step > 0]
     moved = {min(made, key=lambda step: abs(step - rung.step)): rung.keep for rung in rungs}
     kept = tuple(Rung(step, keep) for step, keep in sorted(moved.items()) if step < full.num_steps)
