@@ -18,7 +18,7 @@ from minitron.engine import EngineConfig, OptimizerConfig, build_engine
 from minitron.errors import ArchitectureError
 from minitron.evaluate import perplexity
 from minitron.models.head import decoder_of, head_of
-from minitron.ops.head import PLAIN, Head, LogitTransform
+from minitron.ops.head import PLAIN, Head, LogitTransform, products_into
 from minitron.ops.kd_loss import IGNORE_INDEX
 
 MIXTURE = LossConfig(terms={name: 0.5 + i / 4 for i, name in enumerate(LOSSES)}, temperature=2.0, k=5)
@@ -219,6 +219,16 @@ def test_a_head_of_fewer_tokens_is_a_view() -> None:
     hidden = torch.randn(4, 3)
     torch.testing.assert_close(head.first(4).logits(hidden), head.logits(hidden)[:, :4])
     assert head.first(6) is head and head.first(4).weight.data_ptr() == head.weight.data_ptr()
+
+
+@pytest.mark.parametrize("vocab", [5, 1024, 2048, 2500])
+def test_products_by_slices_of_the_vocabulary(vocab: int) -> None:
+    """Into a part of a wider matrix, from a weight whose rows lie apart: float64's numbers, and nothing beside them is touched."""
+    hidden, wide, room = torch.randn(7, 33), torch.randn(vocab, 40), torch.full((9, vocab + 3), 7.0)
+    weight, out = wide[:, :33], room[:7, :vocab]
+    assert products_into(out, hidden, weight).data_ptr() == out.data_ptr()
+    torch.testing.assert_close(out.double(), hidden.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
+    assert (room[7:] == 7.0).all() and (room[:, vocab:] == 7.0).all()
 
 
 def test_options_belong_to_members_of_the_table() -> None:

@@ -33,6 +33,9 @@ class LogitTransform:
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
 
+#: Rows of the vocabulary whose weights stand in a cache while they are multiplied.
+_SLICE = 1024
+
 #: A head that is a matrix product and nothing more.
 PLAIN = LogitTransform()
 
@@ -83,3 +86,19 @@ def float32_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if hidden.device.type == "cuda":
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)  # type: ignore[call-overload]
     return hidden.float() @ weight.float().T
+
+
+def products_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``hidden @ weight.T`` into ``out`` [rows, vocab], all float32 on a CPU; the same numbers as in one product.
+
+    As a batch of products with slices of the vocabulary, each of one thread: a product with all of it copies the whole weight into the order of its
+    kernel first, which for 256 rows takes as long as a sixth of the arithmetic; a slice is copied while it stands in a cache.
+    """
+    slices = len(weight) // _SLICE
+    whole = slices * _SLICE
+    if slices:
+        tiles = weight[:whole].unflatten(0, (slices, _SLICE)).transpose(1, 2)
+        torch.bmm(hidden.expand(slices, -1, -1), tiles, out=out[:, :whole].unflatten(1, (slices, _SLICE)).transpose(0, 1))
+    if whole < len(weight):
+        torch.mm(hidden, weight[whole:].T, out=out[:, whole:])
+    return out

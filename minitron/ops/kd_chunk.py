@@ -17,7 +17,7 @@ import torch
 from minitron.errors import ConfigError, nearest
 from minitron.log import get_logger
 from minitron.ops import build
-from minitron.ops.head import Head, float32_logits
+from minitron.ops.head import Head, float32_logits, products_into
 from minitron.ops.kd_rows import IGNORE_INDEX, TERMS, VARIANTS, RowTerm, gradient_view, kd_rows, mask_of
 
 logger = get_logger(__name__)
@@ -166,4 +166,4 @@ class KernelChunks:
             return float32_logits(hidden, head.weight)
         if whose not in self._buffers or len(self._buffers[whose]) < len(hidden):
             self._buffers[whose] = torch.empty(len(hidden), head.num_tokens, dtype=torch.float32)
-        return torch.mm(hidden.float(), head.weight.T, out=self._buffers[whose][: len(hidden)])
+        return products_into(self._buffers[whose][: len(hidden)], hidden.float(), head.weight)
