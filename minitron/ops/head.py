@@ -82,6 +82,8 @@ def float32_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     CUDA writes float32 out of a bf16 product. CPU builds of torch have no such product, so there the operands are float32.
     """
     if hidden.dtype == torch.float32 and weight.dtype == torch.float32:
+        if hidden.device.type == "cpu" and not torch.is_grad_enabled():
+            return products_into(hidden.new_empty(len(hidden), len(weight)), hidden, weight)
         return hidden @ weight.T
     if hidden.device.type == "cuda":
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)  # type: ignore[call-overload]
