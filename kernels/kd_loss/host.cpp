@@ -81,17 +81,22 @@ Moments<float> moments_of(const Logits<In, PLAIN>& logits, int64_t vocab, float 
   return total;
 }
 
-typedef double doubles __attribute__((vector_size(8 * LANES)));
+// Four at a time: compilers take vectors wider than the machine's to pieces, number by number.
+typedef float four_floats __attribute__((vector_size(16)));
+typedef double four_doubles __attribute__((vector_size(32)));
 
 float product_of(const float* x, const float* y, int64_t width) {
-  doubles many{};
+  four_doubles sums[2] = {};
   int64_t i = 0;
-  for (; i + LANES <= width; i += LANES) {
-    many += __builtin_convertvector(load<floats>(x + i), doubles) * __builtin_convertvector(load<floats>(y + i), doubles);
+  for (; i + 8 <= width; i += 8) {
+    for (int k = 0; k < 2; ++k) {
+      const four_doubles a = __builtin_convertvector(load<four_floats>(x + i + 4 * k), four_doubles);
+      sums[k] += a * __builtin_convertvector(load<four_floats>(y + i + 4 * k), four_doubles);
+    }
   }
   double total = 0.0;
   for (; i < width; ++i) total += static_cast<double>(x[i]) * y[i];
-  for (int lane = 0; lane < LANES; ++lane) total += many[lane];
+  for (int lane = 0; lane < 4; ++lane) total += sums[0][lane] + sums[1][lane];
   return static_cast<float>(total);
 }
 
