@@ -22,9 +22,9 @@ about 0.01, where gradients are small differences. On a CPU the ratios are of pr
 Near convergence the error in float32 is the rounding of the heads' products, and the gradient stands in a few tokens: the sweep on
 CPUs makes those of 1/128 and more anew, with sums in float64. Tried by hand, on 64 rows: making the likeliest 16 of 49,152 anew lowers
 the error of the logits' gradient from 2.2e-5 to 4.4e-6, the likeliest 4,096 to 2.8e-6. On CPUs a chunk has 256
-rows, whose products with the heads are made by slices of 1,024 tokens. In one run of 14 turns that took 1.09 times the products, 512 rows
-without slices 1.08 and twice the memory; in one of 7, 256 rows without slices took 1.20 where these took 1.11 and 1.08 (medians of pairs).
-`ours (torch)` is the row functions with whole products here; they take slices since.
+rows, whose products with the heads are made by slices of 1,024 tokens. By hand, far from convergence, with the sweep's float64 sums quickened
+since the table: 1.09 times the products in 20 turns, and 512 rows without slices 1.09 with twice the memory; in 7 turns before, 256 rows
+without slices 1.20 where with them they took 1.11. `ours (torch)` is the row functions with whole products here; they take slices since.
 
 Written by `python benchmarks/kd_loss.py`.
 """
