@@ -43,7 +43,7 @@ from minitron.cli import main as minitron  # noqa: E402
 from minitron.core.candidate import read_candidates  # noqa: E402
 from minitron.models.family import discover  # noqa: E402
 from minitron.models.load import config_of  # noqa: E402
-from minitron.search.race import Outcome, RaceRules, Rung, losses_at, replay  # noqa: E402
+from minitron.search.race import RUNG_SHARES, Outcome, RaceRules, Rung, halving_rungs, losses_at, moved_to, replay  # noqa: E402
 from minitron.search.ranking import RankingConfig, cost_of  # noqa: E402
 from minitron.search.statistics import kendall_tau, paired_gap  # noqa: E402
 from minitron.search.trials import Record  # noqa: E402
@@ -203,20 +203,20 @@ class Way:
 
     def of(self, curves: dict[str, list[dict[str, Any]]]) -> Outcome:
         """What it would have done; rungs lie at evaluations that were made."""
-        steps, rungs = [point["step"] for point in next(iter(curves.values()))], {}
-        for number, share in enumerate(self.shares, start=1):
-            step = min(steps[1:-1], key=lambda step: abs(step - share * steps[-1]))  # noqa: B023
-            rungs[step] = Rung(step, max(self.fewest, round(len(curves) / self.eta**number)))
-        rules = RaceRules(steps[-1], steps[1], tuple(rungs.values()), self.rescue, False, self.extrapolate)
+        steps = [point["step"] for point in next(iter(curves.values()))]
+        rungs = halving_rungs(len(curves), [round(share * steps[-1]) for share in self.shares], eta=self.eta)
+        kept = moved_to(steps[1:], [Rung(rung.step, max(self.fewest, rung.keep)) for rung in rungs])
+        rules = RaceRules(steps[-1], steps[1], kept, self.rescue, False, self.extrapolate)
         return replay(list(curves), rules, curves=curves)
 
 
-OURS = Way("minitron's", (0.1, 0.2, 0.4), 1.6, 2, extrapolate=0.1)
+_DEFAULT = RankingConfig()
+OURS = Way("minitron's", RUNG_SHARES, _DEFAULT.eta, 2, _DEFAULT.rescue, _DEFAULT.extrapolate)
 WAYS = (
     Way("as usually told: rungs at 1/9 and 1/3, η = 3, losses as they are", (1 / 9, 1 / 3), 3.0, 2, rescue=0.15),
     Way("the same with losses extrapolated", (1 / 9, 1 / 3), 3.0, 2, extrapolate=0.1),
     Way("rungs at 1/12 and 1/6, η = 2.5, three left, losses extrapolated", (1 / 12, 1 / 6), 2.5, 3, extrapolate=0.1),
-    Way("minitron's rungs at 1/10, 1/5 and 2/5, η = 1.6, losses as they are", (0.1, 0.2, 0.4), 1.6, 2),
+    Way("minitron's rungs at 1/10, 1/5 and 2/5, η = 1.6, losses as they are", RUNG_SHARES, _DEFAULT.eta, 2),
     OURS,
 )
 
@@ -231,7 +231,7 @@ def replayed(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         run = options.folder / f"{name}-{seed}" / "full"
         curves = records(run)
         steps = [point["step"] for point in next(iter(curves.values()))]
-        if steps[1] <= steps[-1] / 24 + 1:
+        if options.teacher and steps[1] <= steps[-1] / 24 + 1:
             rows += [{"seed": seed, "way": way.title, **replays(curves, way, price(run, Path(options.teacher)))} for way in WAYS]
     return rows
 

@@ -524,7 +524,7 @@ def test_replayed_halving_finds_the_best_for_two_fifths() -> None:
     """300 made-up searches of 20 candidates whose curves cross: nearly always the winner, or one within a thousandth, at two fifths of the steps.
     With earlier rungs less often, and there losses as they are do worse still."""
     names = [f"c{number:02d}" for number in range(20)]
-    rules = RaceRules(400, 50, halving_rungs(20, usual_steps(400), eta=1.6), extrapolate=0.1)
+    rules = RaceRules(400, 50, halving_rungs(20, usual_steps(400), eta=RankingConfig().eta), extrapolate=RankingConfig().extrapolate)
     early = replace(rules, rungs=(Rung(33, 8), Rung(66, 3)))
     regrets: dict[str, list[float]] = {"usual": [], "early": [], "early, as they are": []}
     for seed in range(300):

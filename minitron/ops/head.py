@@ -91,10 +91,10 @@ def float32_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def products_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``hidden @ weight.T`` into ``out`` [rows, vocab], all float32 on a CPU; the same numbers as in one product.
+    """``hidden @ weight.T`` into ``out`` [rows, vocab], all float32 on a CPU.
 
     As a batch of products with slices of the vocabulary, each of one thread: a product with all of it copies the whole weight into the order of its
-    kernel first, which for 256 rows takes as long as a sixth of the arithmetic; a slice is copied while it stands in a cache.
+    kernel first, which for 256 rows takes a quarter as long as the arithmetic; a slice is copied while it stands in a cache.
     """
     slices = len(weight) // _SLICE
     whole = slices * _SLICE

@@ -12,7 +12,7 @@ from minitron.search.statistics import kendall_tau, paired_gap
 #: An order is settled when it agreed this often in a row, so well, and the best leads by so many standard errors.
 _AGREEMENTS, _AGREEMENT, _ERRORS = 3, 0.9, 2.0
 #: Rungs lie after these shares of the steps.
-_RUNGS = (0.1, 0.2, 0.4)
+RUNG_SHARES = (0.1, 0.2, 0.4)
 
 #: One evaluation: ``step``, ``tokens``, ``loss``, ``kl`` and the loss of every held-out sequence (``sequences``).
 Point = Mapping[str, Any]
@@ -66,7 +66,7 @@ def usual_steps(num_steps: int, *, first: int = 1) -> list[int]:
     With one in 1.6 going on at each the best one is hardly ever lost on recorded searches (docs/benchmarks/search.md); where most are sent home by
     a sixth or a third of the steps it often is, since early orders turn.
     """
-    return sorted({step for share in _RUNGS if max(first, 1) <= (step := round(share * num_steps)) < num_steps})
+    return sorted({step for share in RUNG_SHARES if max(first, 1) <= (step := round(share * num_steps)) < num_steps})
 
 
 def halving_rungs(num_candidates: int, steps: Sequence[int], *, eta: float) -> tuple[Rung, ...]:
@@ -75,6 +75,11 @@ def halving_rungs(num_candidates: int, steps: Sequence[int], *, eta: float) -> t
     20 candidates, 400 steps, η = 1.6: 40 steps → 12, 80 → 8, 160 → 5.
     """
     return tuple(Rung(step, max(2, round(num_candidates / eta**number))) for number, step in enumerate(steps, start=1))
+
+
+def moved_to(evaluations: Sequence[int], rungs: Sequence[Rung]) -> tuple[Rung, ...]:
+    """The rungs at the nearest of ``evaluations`` before the last one, where only these were made."""
+    return tuple(Rung(min(evaluations[:-1], key=lambda step: abs(step - rung.step)), rung.keep) for rung in rungs)
 
 
 def losses_at(curves: Mapping[str, Sequence[Point]], names: Sequence[str], step: int) -> list[float]:

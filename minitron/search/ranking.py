@@ -15,7 +15,7 @@ from minitron.distill.settings import TrainingConfig
 from minitron.errors import ConfigError, nearest
 from minitron.evaluate import EvaluateConfig
 from minitron.search.placement import Share
-from minitron.search.race import Outcome, RaceRules, Rung, agreements, halving_rungs, losses_at, race, replay, usual_steps
+from minitron.search.race import Outcome, RaceRules, Rung, agreements, halving_rungs, losses_at, moved_to, race, replay, usual_steps
 from minitron.search.statistics import kendall_tau, paired_gap
 from minitron.search.trials import Record
 
@@ -243,11 +243,9 @@ def regret_of(names: Sequence[str], full: RaceRules, curves: dict[str, list[dict
 
     Rungs lie at the evaluations that the full run made.
     """
-    rungs = halving_rungs(len(names), usual_steps(full.num_steps), eta=settings.eta)
     made = [step for step in full.evaluations if step > 0]
-    moved = {min(made, key=lambda step: abs(step - rung.step)): rung.keep for rung in rungs}
-    kept = tuple(Rung(step, keep) for step, keep in sorted(moved.items()) if step < full.num_steps)
-    rules = replace(full, rungs=kept, rescue=settings.rescue, extrapolate=settings.extrapolate)
+    rungs = halving_rungs(len(names), usual_steps(full.num_steps), eta=settings.eta) if len(made) > 1 else ()
+    rules = replace(full, rungs=moved_to(made, rungs), rescue=settings.rescue, extrapolate=settings.extrapolate)
     outcome = replay(names, rules, curves=curves)
     ends = dict(zip(names, losses_at(curves, names, full.num_steps), strict=True))
     share = sum(outcome.steps.values()) / (len(names) * full.num_steps)
