@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from minitron.ops.products import bf16_product, native
+
 
 @dataclass(frozen=True)
 class LogitTransform:
@@ -64,8 +66,8 @@ class Head:
         return Head(self.weight.detach(), None if self.bias is None else self.bias.detach(), self.transform)
 
     def ready(self, dtype: torch.dtype) -> Head:
-        """Cast for many chunks at once: the weight to ``dtype`` on a GPU and to float32 elsewhere, the bias to float32."""
-        dtype = dtype if self.weight.device.type == "cuda" else torch.float32
+        """Cast for many chunks at once: the weight to ``dtype`` where its products come out in float32, else to float32; the bias to float32."""
+        dtype = dtype if self.weight.device.type == "cuda" or (dtype == torch.bfloat16 and native()) else torch.float32
         return Head(self.weight.to(dtype), None if self.bias is None else self.bias.float(), self.transform)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -79,11 +81,13 @@ class Head:
 def float32_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``hidden @ weight.T`` [rows, vocab] with float32 results; rounding logits to bf16 makes KD gradients wrong by percents.
 
-    CUDA writes float32 out of a bf16 product. CPU builds of torch have no such product, so there the operands are float32.
+    CUDA writes float32 out of a bf16 product. CPU builds of torch have no such product: where the processor has, ours is taken, without a gradient;
+    else the operands are float32.
     """
-    if hidden.dtype == torch.float32 and weight.dtype == torch.float32:
-        if hidden.device.type == "cpu" and not torch.is_grad_enabled():
-            return products_into(hidden.new_empty(len(hidden), len(weight)), hidden, weight)
+    alike, on_cpu = hidden.dtype == weight.dtype, hidden.device.type == "cpu"
+    if alike and on_cpu and not torch.is_grad_enabled() and (hidden.dtype == torch.float32 or (hidden.dtype == torch.bfloat16 and native())):
+        return products_into(hidden.new_empty(len(hidden), len(weight), dtype=torch.float32), hidden, weight)
+    if alike and hidden.dtype == torch.float32:
         return hidden @ weight.T
     if hidden.device.type == "cuda":
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)  # type: ignore[call-overload]
@@ -91,11 +95,14 @@ def float32_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def products_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``hidden @ weight.T`` into ``out`` [rows, vocab], all float32 on a CPU.
+    """``hidden @ weight.T`` into ``out`` [rows, vocab] in float32 on a CPU; the operands both float32, or bf16 (:func:`bf16_product`).
 
-    As a batch of products with slices of the vocabulary, each of one thread: a product with all of it copies the whole weight into the order of its
+    In float32 as a batch of products with slices of the vocabulary, each of one thread: a product with all of it copies the whole weight into the order of its
     kernel first, which for 256 rows takes a quarter as long as the arithmetic; a slice is copied while it stands in a cache.
     """
+    if weight.dtype == torch.bfloat16:
+        bf16_product(out, hidden, weight, "head")
+        return out
     slices = len(weight) // _SLICE
     whole = slices * _SLICE
     if slices:

@@ -98,7 +98,6 @@ class KernelChunks:
     scales: torch.Tensor
     temperature: float
     kind: str
-    dtype: torch.dtype
     _buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     _theirs: tuple[torch.Tensor, torch.Tensor] | tuple[None, None] = (None, None)  # what the teacher's products are made of, until a sweep used it
 
@@ -133,7 +132,7 @@ class KernelChunks:
         """
         student = self._products("student", hidden, head)
         transforms = [number for each in (head, teacher or head) for number in (each.transform.scale, each.transform.cap or 0.0)]
-        dtype = torch.bfloat16 if self.kind != "host" and self.dtype == torch.bfloat16 else torch.float32
+        dtype = torch.bfloat16 if head.weight.dtype == torch.bfloat16 else torch.float32
         wanted = gradient and any(self.weights)
         found = kd_rows(
             student,
@@ -157,8 +156,9 @@ class KernelChunks:
         return gradient_view(student, dtype) if wanted else None
 
     def _factors(self, hidden: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-        """Hidden states and weight for :func:`kd_rows`, whose kernel for processors asks for them."""
-        return (hidden, head.weight) if self.kind == "host" and hidden.stride(1) == head.weight.stride(1) == 1 else (None, None)
+        """Hidden states and weight for :func:`kd_rows`, whose kernel for processors asks for them where products are float32."""
+        asked = self.kind == "host" and head.weight.dtype == torch.float32
+        return (hidden, head.weight) if asked and hidden.stride(1) == head.weight.stride(1) == 1 else (None, None)
 
     def _products(self, whose: str, hidden: torch.Tensor, head: Head) -> torch.Tensor:
         """``hidden @ weight.T`` in float32. On a CPU in one buffer for all chunks, since fresh pages cost as much as the sweep."""
@@ -166,4 +166,4 @@ class KernelChunks:
             return float32_logits(hidden, head.weight)
         if whose not in self._buffers or len(self._buffers[whose]) < len(hidden):
             self._buffers[whose] = torch.empty(len(hidden), head.num_tokens, dtype=torch.float32)
-        return products_into(self._buffers[whose][: len(hidden)], hidden.float(), head.weight)
+        return products_into(self._buffers[whose][: len(hidden)], hidden.to(head.weight.dtype), head.weight)

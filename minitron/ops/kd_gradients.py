@@ -8,6 +8,8 @@ from functools import cache
 
 import torch
 
+from minitron.ops.products import bf16_product
+
 
 @dataclass
 class Gradients:
@@ -30,7 +32,7 @@ class Gradients:
     def add(self, rows: slice, gradient: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> None:
         """A chunk's share, from the gradient of its products [rows, vocab]."""
         if self.hidden is not None:
-            self.hidden[rows] = (gradient.to(weight.dtype) @ weight).to(self.hidden.dtype)
+            self.hidden[rows] = _hidden_gradient(gradient.to(weight.dtype), weight).to(self.hidden.dtype)
         if self.weight is not None:
             _accumulate_head_gradient(self.weight, gradient, hidden, first=self.empty)
         if self.bias is not None:
@@ -45,6 +47,15 @@ class Gradients:
                     tensor.zero_()
         if rows is not None and self.hidden is not None:
             self.hidden = self.hidden.new_zeros(shape).index_copy_(0, rows, self.hidden)
+
+
+def _hidden_gradient(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``gradient @ weight`` [rows, hidden], both of one dtype."""
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return gradient @ weight
+    out = torch.empty(len(gradient), weight.shape[1], dtype=torch.float32)
+    bf16_product(out, gradient, weight, "input")
+    return out
 
 
 @cache
@@ -68,5 +79,7 @@ def _accumulate_head_gradient(total: torch.Tensor, gradient: torch.Tensor, hidde
     elif hidden.device.type == "cuda" and hidden.dtype != torch.float32:
         # a product of its own would be a second [vocab, hidden] in float32, written, read and added once a chunk
         torch.addmm(total, gradient.to(hidden.dtype).T, hidden, out_dtype=torch.float32, beta=beta, out=total)  # type: ignore[call-overload]
+    elif hidden.dtype == torch.bfloat16:
+        bf16_product(total, gradient.to(hidden.dtype), hidden, "weight", add=not first)
     else:
         total.addmm_(gradient.T, hidden.float(), beta=beta)

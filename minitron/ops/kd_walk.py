@@ -76,7 +76,6 @@ class Walk:
             torch.stack(self.scales(slice(None), self.labels != IGNORE_INDEX)).float(),
             self.temperature,
             kind,
-            self.compute_dtype,
         )
 
     def valid_rows(self) -> torch.Tensor | None:
