@@ -1,6 +1,6 @@
 // The kernels of sparse_matmul that this machine cannot run, on its CPU. Those of sparse_matmul.cu: every thread of a block is a fiber that runs
 // until it has to wait for others, in an order chosen by a seed, and asynchronous copies arrive when they are waited for and not before, so that
-// a missing barrier shows as a wrong number. Those of avx512.h: its instructions, lane by lane.
+// a missing barrier shows as a wrong number. Those of avx512.h and avx512_bf16.h: their instructions, lane by lane.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -80,6 +80,17 @@ static Integers _mm512_and_si512(Integers a, Integers b) {
   for (int i = 0; i < 32; ++i) a.lane[i] &= b.lane[i];
   return a;
 }
+static void _mm512_storeu_si512(void* to, Integers x) { memcpy(to, &x, sizeof(x)); }
+static Floats _mm512_dpbf16_ps(Floats sum, Integers a, Integers b) {  // pairs without rounding between; subnormals are 0 on the way in and out
+  auto flushed = [](float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; };
+  for (int i = 0; i < 16; ++i) {
+    for (int half = 1; half >= 0; --half) {
+      const float left = sparse::widened(sparse::bfloat16{a.lane[2 * i + half]}), right = sparse::widened(sparse::bfloat16{b.lane[2 * i + half]});
+      sum.lane[i] = flushed(std::fma(flushed(left), flushed(right), flushed(sum.lane[i])));
+    }
+  }
+  return sum;
+}
 static Floats _mm512_castsi512_ps(Integers x) { return _mm512_loadu_ps(&x); }
 static Half _mm512_castsi512_si256(Integers x) {
   Half low;
@@ -108,15 +119,23 @@ namespace avx512 {
 using namespace lanes;
 #define __m512 lanes::Floats
 #define __m512i lanes::Integers
+#define __m512bh lanes::Integers
 #define asm(...) static_cast<void>(x)
 #include "avx512.h"
-#undef asm
 #include "rows.h"
 }  // namespace avx512
+namespace avx512_bf16 {
+using namespace lanes;
+#include "avx512_bf16.h"
+#undef asm
+#include "rows.h"
+}  // namespace avx512_bf16
 }  // namespace
 }  // namespace sparse
 
-extern "C" int avx512_emulated(const sparse::Arguments* a) { return sparse::avx512::multiply(*a) ? 0 : 1; }
+extern "C" int avx512_emulated(const sparse::Arguments* a) {
+  return (a->instructions == 4 ? sparse::avx512_bf16::multiply(*a) : sparse::avx512::multiply(*a)) ? 0 : 1;
+}
 
 // ---- CUDA ------------------------------------------------------------------------------------------------------------------------------
 

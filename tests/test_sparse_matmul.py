@@ -56,7 +56,7 @@ def by_instructions(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("instructions", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("instructions", ["scalar", "avx2", "avx512", "avx512_bf16"])
 def test_products_equal_float64(instructions: str, dtype: torch.dtype) -> None:
     for rows, cols, density in SHAPES:
         weight = sparse_weight(rows, cols, density, dtype)
@@ -275,13 +275,14 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_avx512_lane_by_lane(emulated: ctypes.CDLL, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("instructions", ["avx512", "avx512_bf16"])
+def test_avx512_lane_by_lane(emulated: ctypes.CDLL, instructions: str, dtype: torch.dtype) -> None:
     for rows, cols, density in SHAPES:
         weight = sparse_weight(rows, cols, density, dtype)
         for num in (1, 2, 4, 9, 17):
             x, bias = inputs(num, cols, rows, dtype)
             y = torch.full((num, rows), float("nan"), dtype=dtype)
-            assert emulated.avx512_emulated(ctypes.byref(sparse_rows.arguments_of(x, pack_bitmap(weight), bias, y))) == 0
+            assert emulated.avx512_emulated(ctypes.byref(sparse_rows.arguments_of(x, pack_bitmap(weight), bias, y, instructions))) == 0
             assert_product(y, x, weight, bias)
 
 

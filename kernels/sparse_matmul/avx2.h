@@ -2,10 +2,16 @@
 // Compiled under target("avx2,fma,f16c,popcnt").
 
 struct Vectors {
-  static constexpr int STEP = 8, PARTS = 1;  // columns that one expansion covers, and vectors of floats that come of it
+  static constexpr int STEP = 8, REGISTERS = 16;
   using Floats = __m256;
+  template <class T>
+  struct Numbers {
+    using X = float;
+    using Piece = __m256;
+    static constexpr int PARTS = 1;
+  };
   struct Expanded {
-    __m256 part[PARTS];
+    __m256 part[1];
   };
 
   static __m256 zero() { return _mm256_setzero_ps(); }

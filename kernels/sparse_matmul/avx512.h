@@ -2,10 +2,16 @@
 // Compiled under target("avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt").
 
 struct Vectors {
-  static constexpr int STEP = 32, PARTS = 2;  // columns that one expansion covers, and vectors of floats that come of it
+  static constexpr int STEP = 32, REGISTERS = 32;
   using Floats = __m512;
+  template <class T>
+  struct Numbers {
+    using X = float;
+    using Piece = __m512;
+    static constexpr int PARTS = 2;
+  };
   struct Expanded {
-    __m512 part[PARTS];
+    __m512 part[2];
   };
 
   static __m512 zero() { return _mm512_setzero_ps(); }

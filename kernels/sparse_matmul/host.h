@@ -1,4 +1,4 @@
-// The product on a CPU, in three sets of instructions of which the best is taken when it runs.
+// The product on a CPU, in four sets of instructions of which the best is taken when it runs.
 #pragma once
 
 #include <algorithm>
@@ -36,6 +36,13 @@ namespace avx512 {
 #include "rows.h"
 }  // namespace avx512
 #pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,fma,f16c,popcnt")
+namespace avx512_bf16 {
+#include "avx512_bf16.h"
+#include "rows.h"
+}  // namespace avx512_bf16
+#pragma GCC pop_options
 #endif
 
 // The dense weight into y, for numbers of as many bytes as T.
@@ -53,13 +60,13 @@ void unpack(const Arguments& a) {
   }
 }
 
-enum Instructions : int32_t { BEST = 0, SCALAR = 1, AVX2 = 2, AVX512 = 3 };
+enum Instructions : int32_t { BEST = 0, SCALAR = 1, AVX2 = 2, AVX512 = 3, AVX512_BF16 = 4 };
 
 int32_t best() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2"))
-    return AVX512;
+    return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return AVX2;
 #endif
   return SCALAR;
@@ -68,7 +75,7 @@ int32_t best() {
 }  // namespace
 }  // namespace sparse
 
-// What BEST is here: 1 scalar, 2 AVX2, 3 AVX-512.
+// What BEST is here: 1 scalar, 2 AVX2, 3 AVX-512, 4 with products of bf16.
 extern "C" int sparse_matmul_instructions() { return sparse::best(); }
 
 // 0; 1 for a type that it does not know; 2 for instructions that this processor does not have.
@@ -78,6 +85,7 @@ extern "C" int sparse_matmul_host(const sparse::Arguments* arguments) {
   if (a.instructions > best()) return 2;
   const int32_t instructions = a.instructions == BEST ? best() : a.instructions;
 #if defined(__x86_64__)
+  if (instructions == AVX512_BF16) return avx512_bf16::multiply(a) ? 0 : 1;
   if (instructions == AVX512) return avx512::multiply(a) ? 0 : 1;
   if (instructions == AVX2) return avx2::multiply(a) ? 0 : 1;
 #endif

@@ -3,12 +3,15 @@
 // A thread takes ROWS rows at a time, over blocks of columns whose x stays in the first-level cache. A weight is expanded once for all rows of
 // x: into registers for up to four of them, else into a buffer in that cache, from which a dense product takes it. Two or four rows of the
 // weight go side by side, so that sums do not wait for each other and x is loaded once.
+//
+// Vectors: an expansion covers STEP columns and yields Numbers<T>::PARTS Pieces of X, which is what x becomes, too: floats, or bf16 where the
+// processor multiplies them.
 
 constexpr int ROWS = 16;                 // whose sums and places in the values are kept between blocks
 constexpr int MOST = 16;                 // rows of x that share an expansion
 constexpr int BESIDE = 4;                // rows of the weight that are multiplied side by side when they stand expanded in memory
 constexpr int PADDING = 64;              // columns of x beyond the last, and values beyond the last, that may be read
-constexpr int64_t CACHED_FLOATS = 4096;  // of x in a block of columns: half of the first-level cache, which tables and values share
+constexpr int64_t CACHED_BYTES = 16384;  // of x in a block of columns: half of the first-level cache, which tables and values share
 constexpr int64_t SHORT_ROW = 4096;      // bytes of values
 constexpr int64_t MOST_GROUPS = 8;       // of ROWS rows that a thread takes at a time
 
@@ -17,10 +20,18 @@ struct Walk {
   const T* values;
   const uint8_t* bits;
 };
+template <class T>
+using X = typename Vectors::Numbers<T>::X;
+template <class T>
+using Piece = typename Vectors::Numbers<T>::Piece;
+template <class T>
+constexpr int PARTS = Vectors::Numbers<T>::PARTS;
+template <class T>
+constexpr int LANES = Vectors::STEP / PARTS<T>;  // columns of a piece
 
 // R rows of the weight, N rows of x, ``steps`` expansions. x [N, stride] stands at the block's first column.
 template <class T, int R, int N>
-static inline __attribute__((always_inline)) void tile(Walk<T>* walks, const float* x, int64_t stride, int64_t steps, Vectors::Floats* sums) {
+static inline __attribute__((always_inline)) void tile(Walk<T>* walks, const X<T>* x, int64_t stride, int64_t steps, Vectors::Floats* sums) {
   Vectors::Floats sum[R][N];
   const T* values[R];
   const uint8_t* bits[R];
@@ -32,21 +43,23 @@ static inline __attribute__((always_inline)) void tile(Walk<T>* walks, const flo
     for (int n = 0; n < N; ++n) sum[r][n] = sums[r * N + n];
   }
   for (int64_t s = 0; s < steps; ++s) {
-    Vectors::Expanded weight[R];
+    Piece<T> weight[R][PARTS<T>];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const uint32_t kept = Vectors::bits(bits[r] + s * (Vectors::STEP / 8));
-      weight[r] = Vectors::expand(values[r], kept);
+      const auto expanded = Vectors::expand(values[r], kept);
+#pragma GCC unroll 2
+      for (int p = 0; p < PARTS<T>; ++p) weight[r][p] = expanded.part[p];
       values[r] += Vectors::count(kept);
     }
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
 #pragma GCC unroll 2
-      for (int p = 0; p < Vectors::PARTS; ++p) {
-        Vectors::Floats input = Vectors::load(x + n * stride + s * Vectors::STEP + p * (Vectors::STEP / Vectors::PARTS));
+      for (int p = 0; p < PARTS<T>; ++p) {
+        Piece<T> input = Vectors::load(x + n * stride + s * Vectors::STEP + p * LANES<T>);
         if (R > 1) Vectors::hold(input);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) sum[r][n] = Vectors::fma(weight[r].part[p], input, sum[r][n]);
+        for (int r = 0; r < R; ++r) sum[r][n] = Vectors::fma(weight[r][p], input, sum[r][n]);
       }
     }
   }
@@ -60,37 +73,35 @@ static inline __attribute__((always_inline)) void tile(Walk<T>* walks, const flo
 }
 
 // Rows that go side by side for N rows of x: as many as leave registers for the weights.
-constexpr int rows_beside(int n) { return n == 1 || Vectors::PARTS == 2 ? 4 : 2; }
+constexpr int rows_beside(int n) { return n == 1 || Vectors::REGISTERS == 32 ? 4 : 2; }
 
 // R rows of the weight, expanded into memory, [R, steps · STEP].
 template <class T, int R>
-static inline __attribute__((always_inline)) void expand_tile(Walk<T>* walks, int64_t steps, float* to) {
-  constexpr int LANES = Vectors::STEP / Vectors::PARTS;
+static inline __attribute__((always_inline)) void expand_tile(Walk<T>* walks, int64_t steps, X<T>* to) {
   for (int r = 0; r < R; ++r) {
     const T* values = walks[r].values;
     const uint8_t* const bits = walks[r].bits;
     for (int64_t s = 0; s < steps; ++s) {
       const uint32_t kept = Vectors::bits(bits + s * (Vectors::STEP / 8));
-      const Vectors::Expanded weight = Vectors::expand(values, kept);
+      const auto weight = Vectors::expand(values, kept);
       values += Vectors::count(kept);
-      for (int p = 0; p < Vectors::PARTS; ++p) Vectors::store(to + (r * steps + s) * Vectors::STEP + p * LANES, weight.part[p]);
+      for (int p = 0; p < PARTS<T>; ++p) Vectors::store(to + (r * steps + s) * Vectors::STEP + p * LANES<T>, weight.part[p]);
     }
     walks[r] = {values, bits + steps * (Vectors::STEP / 8)};
   }
 }
 
 // R expanded rows times N rows of x; the sums of row r stand ``apart`` from those of the next.
-template <int R, int N>
-static inline __attribute__((always_inline)) void dense_tile(const float* weight, const float* x, int64_t stride, int64_t length,
+template <class T, int R, int N>
+static inline __attribute__((always_inline)) void dense_tile(const X<T>* weight, const X<T>* x, int64_t stride, int64_t length,
                                                              Vectors::Floats* sums, int apart) {
-  constexpr int LANES = Vectors::STEP / Vectors::PARTS;
   Vectors::Floats sum[R][N];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) sum[r][n] = sums[r * apart + n];
-  for (int64_t c = 0; c < length; c += LANES) {
-    Vectors::Floats input[N];
+  for (int64_t c = 0; c < length; c += LANES<T>) {
+    Piece<T> input[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       input[n] = Vectors::load(x + n * stride + c);
@@ -98,7 +109,7 @@ static inline __attribute__((always_inline)) void dense_tile(const float* weight
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      Vectors::Floats one = Vectors::load(weight + r * length + c);
+      Piece<T> one = Vectors::load(weight + r * length + c);
       Vectors::hold(one);
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) sum[r][n] = Vectors::fma(one, input[n], sum[r][n]);
@@ -125,7 +136,7 @@ static inline __attribute__((always_inline)) void ask(const Walk<T>& walk, const
 
 // A block of columns for ``count`` rows of the weight and all rows of x, weights expanded in registers (N) or in memory (N = 0).
 template <class T, int N>
-static void block_of(Walk<T>* walks, int count, const float* x, int64_t stride, int64_t steps, int num, const Ahead& ahead, float* room,
+static void block_of(Walk<T>* walks, int count, const X<T>* x, int64_t stride, int64_t steps, int num, const Ahead& ahead, X<T>* room,
                      Vectors::Floats* sums) {
   int r = 0;
   if constexpr (N > 0) {
@@ -141,25 +152,26 @@ static void block_of(Walk<T>* walks, int count, const float* x, int64_t stride, 
       ask(walks[r], ahead, BESIDE);
       expand_tile<T, BESIDE>(walks + r, steps, room);
       int n = 0;
-      for (; n + 3 <= num; n += 3) dense_tile<BESIDE, 3>(room, x + n * stride, stride, length, sums + r * num + n, num);
-      for (; n < num; ++n) dense_tile<BESIDE, 1>(room, x + n * stride, stride, length, sums + r * num + n, num);
+      for (; n + 3 <= num; n += 3) dense_tile<T, BESIDE, 3>(room, x + n * stride, stride, length, sums + r * num + n, num);
+      for (; n < num; ++n) dense_tile<T, BESIDE, 1>(room, x + n * stride, stride, length, sums + r * num + n, num);
     }
     for (; r < count; ++r) {
       expand_tile<T, 1>(walks + r, steps, room);
-      for (int n = 0; n < num; ++n) dense_tile<1, 1>(room, x + n * stride, stride, length, sums + r * num + n, num);
+      for (int n = 0; n < num; ++n) dense_tile<T, 1, 1>(room, x + n * stride, stride, length, sums + r * num + n, num);
     }
   }
 }
 
 // Up to ROWS rows of the weight from ``first`` on, times ``num`` rows of x from ``from`` on; N is num where it is small, else 0.
 template <class T, int N>
-static void rows_of(const Arguments& a, const float* x, int64_t stride, int64_t first, int count, int64_t from, int num) {
+static void rows_of(const Arguments& a, const X<T>* x, int64_t stride, int64_t first, int count, int64_t from, int num) {
   constexpr int BYTES = Vectors::STEP / 8;
   const int64_t row_bytes = (a.cols + 7) / 8, whole = row_bytes / BYTES;
   const T* const values = static_cast<const T*>(a.values);
   Walk<T> walks[ROWS];
   Vectors::Floats sums[ROWS * (N > 0 ? N : MOST)];
-  alignas(64) float room[N > 0 ? 1 : CACHED_FLOATS];
+  constexpr int64_t CACHED = CACHED_BYTES / sizeof(X<T>);
+  alignas(64) X<T> room[N > 0 ? 1 : CACHED];
   std::vector<T> copies;  // of the last rows, whose expansions would read beyond the values
   for (int r = 0; r < count; ++r) walks[r] = {values + a.row_starts[first + r], a.bitmap + (first + r) * row_bytes};
   for (int k = 0; k < count * num; ++k) sums[k] = Vectors::zero();
@@ -170,7 +182,7 @@ static void rows_of(const Arguments& a, const float* x, int64_t stride, int64_t 
     for (int r = 0; r < count; ++r) walks[r].values = copies.data() + (a.row_starts[first + r] - begin);
   }
 
-  const int64_t block = CACHED_FLOATS / (N > 0 ? N : num + BESIDE) / Vectors::STEP;
+  const int64_t block = CACHED / (N > 0 ? N : num + BESIDE) / Vectors::STEP;
   const int64_t row = (end - begin) * int64_t(sizeof(T)) / count;
   const Ahead ahead = whole <= block && row <= SHORT_ROW ? Ahead{row, row_bytes} : Ahead{0, 0};
   for (int64_t done = 0; done < whole; done += block) {
@@ -193,8 +205,8 @@ static void rows_of(const Arguments& a, const float* x, int64_t stride, int64_t 
 }
 
 template <class T>
-static void group(const Arguments& a, const float* x, int64_t stride, int64_t first, int count) {
-  using Rows = void (*)(const Arguments&, const float*, int64_t, int64_t, int, int64_t, int);
+static void group(const Arguments& a, const X<T>* x, int64_t stride, int64_t first, int count) {
+  using Rows = void (*)(const Arguments&, const X<T>*, int64_t, int64_t, int, int64_t, int);
   static constexpr Rows of[] = {rows_of<T, 0>, rows_of<T, 1>, rows_of<T, 2>, rows_of<T, 3>, rows_of<T, 4>};
   const int64_t passes = (a.num + MOST - 1) / MOST;
   for (int64_t pass = 0; pass < passes; ++pass) {
@@ -203,23 +215,33 @@ static void group(const Arguments& a, const float* x, int64_t stride, int64_t fi
   }
 }
 
-// x as floats in the order in which weights come out of their expansion, [num, stride], 0 beyond the columns.
+// x in the order in which weights come out of their expansion, [num, stride], 0 beyond the columns.
 template <class T>
-static void arrange(const Arguments& a, float* to, int64_t stride) {
+static void arrange(const Arguments& a, X<T>* to, int64_t stride) {
   for (int64_t n = 0; n < a.num; ++n) {
     const T* const from = static_cast<const T*>(a.x) + n * a.x_stride;
-    float* const row = to + n * stride;
-    for (int64_t start = 0; start < stride; start += Vectors::STEP)
-      for (int c = 0; c < Vectors::STEP; ++c) row[start + Vectors::place<T>(c)] = start + c < a.cols ? widened(from[start + c]) : 0.0f;
+    X<T>* const row = to + n * stride;
+    for (int64_t start = 0; start < stride; start += Vectors::STEP) {
+      for (int c = 0; c < Vectors::STEP; ++c) {
+        X<T>& there = row[start + Vectors::place<T>(c)];
+        if (start + c >= a.cols) {
+          there = X<T>{};
+        } else if constexpr (std::is_same<X<T>, T>::value) {
+          there = from[start + c];
+        } else {
+          there = widened(from[start + c]);
+        }
+      }
+    }
   }
 }
 
 template <class T>
 static void multiply(const Arguments& a) {
-  static thread_local std::vector<float> scratch;
+  static thread_local std::vector<X<T>> scratch;
   const int64_t stride = (a.cols + PADDING - 1) / PADDING * PADDING, groups = (a.rows + ROWS - 1) / ROWS;
   scratch.resize(a.num * stride);
-  const float* const x = scratch.data();
+  const X<T>* const x = scratch.data();
   arrange<T>(a, scratch.data(), stride);
   const bool small = a.row_starts[a.rows] * a.num < ALONE;
   // Neighbours stay with one thread, which asks for the bytes of the next rows ahead; a thread that others disturb leaves its last quarter to the rest.

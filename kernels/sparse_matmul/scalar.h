@@ -1,12 +1,18 @@
 // One weight at a time, for any processor.
 
 struct Vectors {
-  static constexpr int STEP = 8, PARTS = 1;
+  static constexpr int STEP = 8, REGISTERS = 16;
   struct Floats {
     float lane[STEP];
   };
+  template <class T>
+  struct Numbers {
+    using X = float;
+    using Piece = Floats;
+    static constexpr int PARTS = 1;
+  };
   struct Expanded {
-    Floats part[PARTS];
+    Floats part[1];
   };
 
   static Floats zero() { return {}; }

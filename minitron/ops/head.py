@@ -97,8 +97,8 @@ def float32_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def products_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``hidden @ weight.T`` into ``out`` [rows, vocab] in float32 on a CPU; the operands both float32, or bf16 (:func:`bf16_product`).
 
-    In float32 as a batch of products with slices of the vocabulary, each of one thread: a product with all of it copies the whole weight into the order of its
-    kernel first, which for 256 rows takes a quarter as long as the arithmetic; a slice is copied while it stands in a cache.
+    In float32 as a batch of products with slices of the vocabulary, each of one thread: a product with all of it copies the whole weight into the
+    order of its kernel first, which for 256 rows takes a quarter as long as the arithmetic; a slice is copied while it stands in a cache.
     """
     if weight.dtype == torch.bfloat16:
         bf16_product(out, hidden, weight, "head")

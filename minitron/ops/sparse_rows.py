@@ -17,7 +17,7 @@ logger = get_logger(__name__)
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 #: What a host kernel can be told to use; 0 is the best of the processor.
-INSTRUCTIONS = ("best", "scalar", "avx2", "avx512")
+INSTRUCTIONS = ("best", "scalar", "avx2", "avx512", "avx512_bf16")
 
 
 class Arguments(ctypes.Structure):
