@@ -23,5 +23,9 @@ struct Vectors : avx512::Vectors {
   static int place(int c) {
     return std::is_same<T, bfloat16>::value ? c : avx512::Vectors::place<T>(c);
   }
-  static Pairs expand(const bfloat16* values, uint32_t bits) { return {_mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(values))}; }
+  static Pairs expand(const bfloat16* values, uint32_t bits) {
+    __m512i from = _mm512_loadu_si512(values);
+    hold(from);
+    return {_mm512_maskz_expand_epi16(bits, from)};
+  }
 };
