@@ -1,6 +1,6 @@
 """The KD loss against materialised logits, Liger's chunked loss and its own matrix products, interleaved in one process.
 
-    python benchmarks/kd_loss.py [--rows 512 1024] [--repeats 9] [--bf16] [--out docs/benchmarks]
+    python benchmarks/kd_loss.py [--rows 512 1024] [--repeats 9] [--dtypes float32 bfloat16] [--out docs/benchmarks]
 
 Prints a table and writes ``<out>/<machine>/kd_loss.json``, ``<out>/kd_loss.md`` and ``<out>/kd_loss_memory.svg``: medians with their 20th and 80th
 percentile, process CPU time beside wall time on CPUs, extra memory, and beside every time the error of the gradients against float64.
@@ -34,6 +34,7 @@ from minitron.distill.losses import LossConfig, build_losses  # noqa: E402
 from minitron.ops.head import Head  # noqa: E402
 from minitron.ops.kd_chunk import SWITCH  # noqa: E402
 from minitron.ops.kd_loss import fused_linear_losses  # noqa: E402
+from minitron.ops.products import native  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -236,15 +237,15 @@ def _percentiles(values: list[float]) -> list[float]:
     return [ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.5, 0.8)]
 
 
-def memory_of(way: str, rows: int) -> int:
+def memory_of(way: str, rows: int, dtype: str) -> int:
     """Extra bytes at the most of one call in a process of its own, gradients of head and hidden states not counted."""
-    command = [sys.executable, __file__, "--memory-of", way, "--rows", str(rows)]
+    command = [sys.executable, __file__, "--memory-of", way, "--rows", str(rows), "--dtypes", dtype]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def _measure_memory(way: str, rows: int) -> int:
+def _measure_memory(way: str, rows: int, dtype: torch.dtype) -> int:
     """A small head: what is held between does not depend on its width."""
-    case = Case(rows, 64, 64, 49152, torch.bfloat16 if GPU else torch.float32, near=False)
+    case = Case(rows, 64, 64, 49152, dtype, near=False)
     small = Case(8, 64, 64, 49152, case.dtype, near=False)
     ways(small, False)[way]()  # what libraries allocate once
     kept = case.student.nbytes + case.weight.nbytes
@@ -314,7 +315,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", help="instead of the usual ones")
     parser.add_argument("--repeats", type=int, default=30 if GPU else 9)
     parser.add_argument("--compiled", action="store_true", help="also materialised logits under torch.compile")
-    parser.add_argument("--bf16", action="store_true", help="on a CPU, where float32 is the default")
+    parser.add_argument("--dtypes", nargs="*", help="bfloat16 on a GPU; on a CPU float32, and bfloat16 where it has products of them")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--plain", help=argparse.SUPPRESS)
     parser.add_argument("--shape", type=json.loads, help=argparse.SUPPRESS)
@@ -324,22 +325,23 @@ def main() -> None:
         _serve(arguments.plain, arguments.shape)
         return
     if arguments.memory_of:
-        print(_measure_memory(arguments.memory_of, arguments.rows[0]))
+        print(_measure_memory(arguments.memory_of, arguments.rows[0], getattr(torch, arguments.dtypes[0])))
         return
     if not GPU:
         host.keep_freed_memory()
     shapes = GPU_SHAPES if GPU else CPU_SHAPES
     if arguments.rows:
         shapes = [(rows, *shapes[0][1:]) for rows in arguments.rows]
-    dtype = torch.bfloat16 if GPU or arguments.bf16 else torch.float32
+    dtypes = arguments.dtypes or (["bfloat16"] if GPU else ["float32", *(["bfloat16"] if native() else [])])
     load, results = os.getloadavg()[0], []
-    for shape in shapes:
-        for near in (False, True):
-            results.append(measure(Case(*shape, dtype, near), arguments.repeats, arguments.compiled))
-            _show(results[-1])
+    for dtype in dtypes:
+        for shape in shapes:
+            for near in (False, True):
+                results.append(measure(Case(*shape, getattr(torch, dtype), near), arguments.repeats, arguments.compiled))
+                _show(results[-1])
     best = f"ours ({OURS[-1]})"
     sizes = (1024, 2048, 4096, 8192) if GPU else (256, 512, 1024, 2048, 4096)
-    memory = {way: {rows: memory_of(way, rows) for rows in sizes} for way in ("naive", best)}
+    memory = {f"{way}, {dtype}": {rows: memory_of(way, rows, dtype) for rows in sizes} for dtype in dtypes for way in ("naive", best)}
     document = {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if GPU else f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
@@ -349,7 +351,8 @@ def main() -> None:
         "memory": memory,
         "bandwidth": bandwidth() if GPU else [],
     }
-    machine = (torch.cuda.get_device_name() if GPU else f"cpu-{platform.machine()}").replace(" ", "-").lower()
+    cpu = f"cpu-{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
+    machine = (torch.cuda.get_device_name() if GPU else cpu).replace(" ", "-").lower()
     folder = arguments.out / machine
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "kd_loss.json").write_text(json.dumps(document, indent=1) + "\n")

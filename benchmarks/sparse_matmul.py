@@ -205,7 +205,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    machine = (torch.cuda.get_device_name() if GPU else f"cpu-{platform.machine()}").replace(" ", "-").lower()
+    cpu = f"cpu-{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
+    machine = (torch.cuda.get_device_name() if GPU else cpu).replace(" ", "-").lower()
     file = arguments.out / machine / "sparse_matmul.json"
     document = json.loads(file.read_text()) if file.is_file() else {}
     sections: dict[str, Callable[[int], Any]] = {"square": square, "shapes": shapes, "decode": decode}

@@ -30,6 +30,7 @@ _RATIOS = [
     ("quickest dense / packed bf16", ("torch bf16", "torch float32", "dense counterpart bf16"), "packed bf16"),
     ("torch float32 / packed float32", ("torch float32",), "packed float32"),
     ("CSR / packed float32", ("torch CSR float32",), "packed float32"),
+    ("CSR / packed bf16", ("torch CSR float32",), "packed bf16"),
 ]
 _CHOICES = {
     "dense": "dense, masked",
