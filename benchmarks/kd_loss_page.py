@@ -21,10 +21,10 @@ Errors are relative, against float64: gradient of the hidden states (16 rows) an
 about 0.01, where gradients are small differences. On a CPU the ratios are of process CPU time, since others may use the machine.
 Near convergence the error in float32 is the rounding of the heads' products, and the gradient stands in a few tokens: the sweep on
 CPUs makes those of 1/128 and more anew, with sums in float64. Tried by hand, on 64 rows: making the likeliest 16 of 49,152 anew lowers
-the error of the logits' gradient from 2.2e-5 to 4.4e-6, the likeliest 4,096 to 2.8e-6. On CPUs a chunk has 256
-rows, whose products with the heads are made by slices of 1,024 tokens. By hand, far from convergence, with the sweep's float64 sums quickened
-since the table: 1.09 times the products in 20 turns, and 512 rows without slices 1.09 with twice the memory; in 7 turns before, 256 rows
-without slices 1.20 where with them they took 1.11. `ours (torch)` is the row functions with whole products here; they take slices since.
+the error of the logits' gradient from 2.2e-5 to 4.4e-6, the likeliest 4,096 to 2.8e-6. On CPUs a chunk has 256 rows, whose float32 products with
+the heads are made by slices of 1,024 tokens. In bf16 `products`, `naive` and `liger chunked` take torch's products, which are rounded to bf16; ours
+takes those of `kernels/products` where the processor multiplies bf16 (AVX512-BF16), which are float32, and float32 products elsewhere. Machines with
+AVX2 alone multiply bf16 in software, at minutes for 1,024 rows.
 
 Written by `python benchmarks/kd_loss.py`.
 """
@@ -88,7 +88,7 @@ def write(out: Path) -> None:
         text += _table(document) + _bandwidth(document) + _memory(document)
     if not [machine for machine in documents if not machine.startswith("cpu-")]:
         text += _NO_GPU
-    first = next((name for name in documents if not name.startswith("cpu-")), next(iter(documents)))
+    first = next((name for name in documents if not name.startswith("cpu-")), max(documents))  # of CPUs the one of more instructions
     curves = []
     for style, (way, sizes) in zip(("pruned", "student"), documents[first]["memory"].items(), strict=False):
         points = [(float(rows), extra / 1e6) for rows, extra in sizes.items()]

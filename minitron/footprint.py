@@ -26,6 +26,7 @@ from minitron.models import config_of, discover, resolve_teacher
 from minitron.models.load import check_further_teachers, shard_group_size
 from minitron.ops.kd_chunk import row_term
 from minitron.ops.kd_loss import default_chunk_size
+from minitron.ops.products import native
 
 #: Ranks of a node where no launcher says: the usual GPU server.
 _NODE = 8
@@ -98,7 +99,7 @@ class Planner:
             chunk_rows=default_chunk_size(torch.device("cuda" if on_gpu else "cpu")),
             num_moments=num_moments(training.optimizer_config()),
             num_losses=len(losses),
-            wide_heads=not on_gpu,
+            wide_heads=not on_gpu and not (width == 2 and native()),
             fused=all(row_term(loss.function) is not None for loss in losses),
         )
 

@@ -270,12 +270,14 @@ def test_extreme_logits_stay_finite_and_right(case: LossConfig) -> None:
 
 @every_loss
 def test_bf16_products_stay_close(case: LossConfig) -> None:
-    p, config = problem(6), replace(case, temperature=2.0)
+    """Of numbers that bf16 holds: rounding them flips signs on which the gradient of ``tvd`` depends."""
+    p = {name: tensor.bfloat16().double() if tensor.is_floating_point() else tensor for name, tensor in problem(6).items()}
+    config = replace(case, temperature=2.0)
     total, _, gradients = fused(p, config, 17.0, compute_dtype=torch.bfloat16)
     expected = brute_force(p, config, 17.0)
     assert float(total) == pytest.approx(float(expected[0]), rel=2e-2)
     for gradient, other in zip(gradients, expected[2], strict=True):
-        assert (gradient.double() - other).norm() <= 2e-2 * other.norm()
+        assert (gradient.double() - other).norm() <= 1e-2 * other.norm()
 
 
 def test_the_incoming_gradient_scales_all_gradients() -> None:

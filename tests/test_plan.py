@@ -35,6 +35,7 @@ from minitron.models import discover
 from minitron.models.head import decoder_of
 from minitron.models.load import shard_group_size
 from minitron.ops import build
+from minitron.ops.products import native
 from minitron.sparsify import SparsifyConfig
 from minitron.sparsify.shared.sparsifier import sample_passes
 
@@ -99,7 +100,7 @@ class Recipe:
             num_micro_batches=self.num_micro,
             chunk_rows=512,
             num_losses=len(self.terms),
-            wide_heads=True,
+            wide_heads=not (width == 2 and native()),
             fused=self.kernel != "torch",
         )
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers_losses import CASES, case_id, heads_of, problem, reference, whole_logits
 
 from minitron.distill.losses import LossConfig, build_losses
 from minitron.ops import build, head, products
-from minitron.ops.head import Head, float32_logits
+from minitron.ops.head import Head, LogitTransform, float32_logits
 from minitron.ops.kd_loss import fused_linear_losses
 from minitron.ops.products import KINDS, bf16_product, native
 
@@ -165,6 +167,41 @@ def test_gradients_in_bf16_near_convergence(implementation: str, trained: torch.
         assert found is not None and wanted is not None and found.dtype == trained
         assert float((found.double() - wanted).norm() / wanted.norm()) < 5e-3
     assert hidden.grad is not None and (hidden.grad[~counts] == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.25, 8.0])
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_every_loss_in_bf16(case: LossConfig, temperature: float, is_native: None) -> None:
+    """Biases, scales, caps, masked rows and chunks that do not divide: the gradients of float64 from numbers of bf16."""
+    drawn = problem(4, bias=True)
+    p = {name: tensor.bfloat16().double() if tensor.is_floating_point() else tensor for name, tensor in drawn.items()}
+    config, transforms = replace(case, temperature=temperature), (LogitTransform(1.7, 3.0), LogitTransform(cap=30.0))
+    exact, theirs = heads_of(p, *transforms, dtype=torch.float64)
+    hidden = p["student_hidden"].clone().requires_grad_()
+    valid = p["labels"] != -100
+    rows = reference(config, whole_logits(hidden, exact), whole_logits(p["teacher_hidden"], theirs), p["labels"])
+    value = torch.where(valid, rows, 0.0).sum() / 20
+    assert exact.bias is not None
+    wanted = torch.autograd.grad(value, (hidden, exact.weight, exact.bias))
+
+    head, teacher = heads_of(p, *transforms, dtype=torch.float32)
+    states = p["student_hidden"].float().requires_grad_()
+    assert head.bias is not None
+    total, _ = fused_linear_losses(
+        states,
+        head,
+        p["labels"],
+        build_losses(config),
+        denominator=torch.tensor(20.0),
+        teacher_hidden=p["teacher_hidden"].float(),
+        teacher_head=teacher,
+        temperature=temperature,
+        compute_dtype=torch.bfloat16,
+        chunk_size=9,
+    )
+    assert total.item() == pytest.approx(value.item(), rel=1e-4)
+    for found, exactly in zip(torch.autograd.grad(total, (states, head.weight, head.bias)), wanted, strict=True):
+        assert float((found.double() - exactly).norm()) < 5e-3 * float(exactly.norm())
 
 
 def test_this_machine() -> None:

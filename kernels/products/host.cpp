@@ -33,7 +33,7 @@ namespace {
 
 constexpr int LANES = 16, TILE = 8, VECTORS = 3, PANEL = LANES * VECTORS;
 constexpr int64_t BLOCK = 256;  // of the head's rows at a time, where the sum runs over them
-constexpr int64_t GROUP = 64;   // of rows whose tiles stand beside each other, where they are the head's
+constexpr int64_t GROUP = 128;  // of rows whose tiles stand beside each other, where they are the head's
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t pairs __attribute__((vector_size(4 * LANES)));
@@ -92,8 +92,9 @@ void pack_along(const uint16_t* from, int64_t stride, int64_t lines, int64_t dep
 #if defined(__AVX512BF16__)
   constexpr int BESIDE = WIDTH < LANES ? LANES / WIDTH : 1;  // stretches of the depth that fill a vector
   if (lines == WIDTH) {
-    for (; 2 * (p + LANES * BESIDE) <= depth; p += LANES * BESIDE) {
-      for (int first = 0; first < WIDTH; first += LANES) {
+    const int64_t whole = depth / (2 * LANES * BESIDE) * (LANES * BESIDE);
+    for (int first = 0; first < WIDTH; first += LANES) {
+      for (p = 0; p < whole; p += LANES * BESIDE) {
         __m512i in[LANES], out[LANES];
         for (int i = 0; i < LANES; ++i) in[i] = _mm512_loadu_si512(from + (first + i % WIDTH) * stride + 2 * (p + i / WIDTH * LANES));
         transpose(in, out);
@@ -133,9 +134,25 @@ void pack_across(const uint16_t* from, int64_t stride, int64_t lines, int64_t de
 
 // ---- a tile times a panel ---------------------------------------------------------------------------------------------------------------------------
 
-void multiply(const uint32_t* tile, const uint32_t* panel, int64_t count, float* out, int64_t stride, int64_t rows, int64_t cols, bool add) {
+// What becomes of a result: it stays in a cache, for more is added to it soon; it is added to what is there; it goes past the caches to memory, which
+// saves reading what it replaces.
+enum Way { KEEP, ADD, STREAM };
+
+template <Way WAY>
+inline __attribute__((always_inline)) void put(float* to, floats x) {
+#if defined(__AVX512BF16__)
+  if constexpr (WAY == STREAM) return _mm512_stream_ps(to, __m512(x));
+#endif
+  floats before = {};
+  if constexpr (WAY == ADD) memcpy(&before, to, sizeof(before));
+  before += x;
+  memcpy(to, &before, sizeof(before));
+}
+
+template <Way WAY>
+void multiply(const uint32_t* tile, const uint32_t* panel, int64_t count, float* out, int64_t stride, int64_t rows, int64_t cols) {
   floats sum[TILE][VECTORS] = {};
-  if (add) {
+  if constexpr (WAY == ADD) {
     for (int i = 0; i < TILE && i < rows; ++i)
       for (int j = 0; j < PANEL && j < cols; j += LANES) __builtin_prefetch(out + i * stride + j, 1);
   }
@@ -151,25 +168,41 @@ void multiply(const uint32_t* tile, const uint32_t* panel, int64_t count, float*
   if (rows >= TILE && cols >= PANEL) {
 #pragma GCC unroll 8
     for (int i = 0; i < TILE; ++i) {
-      floats before[VECTORS] = {};
-      if (add) memcpy(before, out + i * stride, sizeof(before));
 #pragma GCC unroll 3
-      for (int j = 0; j < VECTORS; ++j) before[j] += sum[i][j];
-      memcpy(out + i * stride, before, sizeof(before));
+      for (int j = 0; j < VECTORS; ++j) put<WAY>(out + i * stride + j * LANES, sum[i][j]);
     }
     return;
   }
   float all[TILE][PANEL];
   memcpy(all, sum, sizeof(all));
   for (int64_t i = 0; i < std::min<int64_t>(TILE, rows); ++i)
-    for (int64_t j = 0; j < std::min<int64_t>(PANEL, cols); ++j) out[i * stride + j] = (add ? out[i * stride + j] : 0.0f) + all[i][j];
+    for (int64_t j = 0; j < std::min<int64_t>(PANEL, cols); ++j) out[i * stride + j] = (WAY == ADD ? out[i * stride + j] : 0.0f) + all[i][j];
 }
+
+using Multiply = void (*)(const uint32_t*, const uint32_t*, int64_t, float*, int64_t, int64_t, int64_t);
+
+// For results that nobody reads soon.
+Multiply multiply_once(const Arguments& a) {
+  const bool whole_lines = reinterpret_cast<uintptr_t>(a.out) % 64 == 0 && a.out_stride % LANES == 0;
+  return a.add ? multiply<ADD> : whole_lines ? multiply<STREAM> : multiply<KEEP>;
+}
+
+// What is packed next, asked for in parts while something else is multiplied.
+struct Coming {
+  const uint16_t* from;
+  int64_t stride, lines, length;
+  void ask(int64_t part, int64_t of) const {
+    for (int64_t line = lines * part / of; line < lines * (part + 1) / of; ++line)
+      for (int64_t i = 0; i < length; i += 32) __builtin_prefetch(from + line * stride + i, 0, 2);
+  }
+};
 
 // ---- the three products -----------------------------------------------------------------------------------------------------------------------------
 
 // The head's rows are columns of the result: panel by panel, each for all rows of the chunk.
 void head(const Arguments& a) {
   const int64_t count = half(a.depth), tiles = parts(a.rows, TILE), panels = parts(a.cols, PANEL);
+  const Multiply multiplied = multiply_once(a);
   const Packed left = room(tiles * TILE * count);
   for (int64_t t = 0; t < tiles; ++t)
     pack_along<TILE>(a.left + t * TILE * a.left_stride, a.left_stride, a.rows - t * TILE, a.depth, left.get() + t * TILE * count);
@@ -179,9 +212,13 @@ void head(const Arguments& a) {
 #pragma omp for schedule(dynamic, 4)
     for (int64_t q = 0; q < panels; ++q) {
       pack_along<PANEL>(a.right + q * PANEL * a.right_stride, a.right_stride, a.cols - q * PANEL, a.depth, right.get());
-      for (int64_t t = 0; t < tiles; ++t)
-        multiply(left.get() + t * TILE * count, right.get(), count, a.out + t * TILE * a.out_stride + q * PANEL, a.out_stride, a.rows - t * TILE,
-                 a.cols - q * PANEL, a.add);
+      const int64_t after = (q + 1) * PANEL;
+      const Coming next{a.right + after * a.right_stride, a.right_stride, std::clamp<int64_t>(a.cols - after, 0, PANEL), a.depth};
+      for (int64_t t = 0; t < tiles; ++t) {
+        next.ask(t, tiles);
+        multiplied(left.get() + t * TILE * count, right.get(), count, a.out + t * TILE * a.out_stride + q * PANEL, a.out_stride, a.rows - t * TILE,
+                   a.cols - q * PANEL);
+      }
     }
   }
 }
@@ -189,6 +226,7 @@ void head(const Arguments& a) {
 // The head's rows are rows of the result: group by group of tiles, each for all columns.
 void weight(const Arguments& a) {
   const int64_t count = half(a.depth), panels = parts(a.cols, PANEL), groups = parts(a.rows, GROUP);
+  const Multiply multiplied = multiply_once(a);
   const Packed right = room(panels * PANEL * count);
   for (int64_t q = 0; q < panels; ++q)
     pack_across<PANEL>(a.right + q * PANEL, a.right_stride, a.cols - q * PANEL, a.depth, right.get() + q * PANEL * count);
@@ -200,10 +238,13 @@ void weight(const Arguments& a) {
       const int64_t first = g * GROUP, last = std::min(first + GROUP, a.rows);
       for (int64_t row = first; row < last; row += TILE)
         pack_across<TILE>(a.left + row, a.left_stride, a.rows - row, a.depth, left.get() + (row - first) * count);
-      for (int64_t q = 0; q < panels; ++q)
+      const Coming next{a.left + last, a.left_stride, a.depth, std::min(GROUP, a.rows - last)};
+      for (int64_t q = 0; q < panels; ++q) {
+        next.ask(q, panels);
         for (int64_t row = first; row < last; row += TILE)
-          multiply(left.get() + (row - first) * count, right.get() + q * PANEL * count, count, a.out + row * a.out_stride + q * PANEL, a.out_stride,
-                   a.rows - row, a.cols - q * PANEL, a.add);
+          multiplied(left.get() + (row - first) * count, right.get() + q * PANEL * count, count, a.out + row * a.out_stride + q * PANEL, a.out_stride,
+                     a.rows - row, a.cols - q * PANEL);
+      }
     }
   }
 }
@@ -217,16 +258,21 @@ void input(const Arguments& a) {
   for (int64_t share = 0; share < shares; ++share) {
     const Packed left = room(TILE * tiles * BLOCK / 2), right = room(PANEL * panels * BLOCK / 2);
     float* const out = sums.get() + share * size;
-    for (int64_t b = blocks * share / shares; b < blocks * (share + 1) / shares; ++b) {
+    for (int64_t b = blocks * share / shares, begin = b; b < blocks * (share + 1) / shares; ++b) {
       const int64_t first = b * BLOCK, depth = std::min(BLOCK, a.depth - first), count = half(depth);
       for (int64_t t = 0; t < tiles; ++t)
         pack_along<TILE>(a.left + t * TILE * a.left_stride + first, a.left_stride, a.rows - t * TILE, depth, left.get() + t * TILE * count);
       for (int64_t q = 0; q < panels; ++q)
         pack_across<PANEL>(a.right + first * a.right_stride + q * PANEL, a.right_stride, a.cols - q * PANEL, depth, right.get() + q * PANEL * count);
-      for (int64_t q = 0; q < panels; ++q)
+      const int64_t after = first + depth, more = std::min(BLOCK, a.depth - after);
+      const Coming gradients{a.left + after, a.left_stride, a.rows, more}, weights{a.right + after * a.right_stride, a.right_stride, more, a.cols};
+      const Multiply multiplied = b > begin ? multiply<ADD> : multiply<KEEP>;
+      for (int64_t q = 0; q < panels; ++q) {
+        gradients.ask(q, panels), weights.ask(q, panels);
         for (int64_t t = 0; t < tiles; ++t)
-          multiply(left.get() + t * TILE * count, right.get() + q * PANEL * count, count, out + t * TILE * a.cols + q * PANEL, a.cols,
-                   a.rows - t * TILE, a.cols - q * PANEL, b > blocks * share / shares);
+          multiplied(left.get() + t * TILE * count, right.get() + q * PANEL * count, count, out + t * TILE * a.cols + q * PANEL, a.cols, a.rows - t * TILE,
+                     a.cols - q * PANEL);
+      }
     }
   }
 #pragma omp parallel for num_threads(a.num_threads)

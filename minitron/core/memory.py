@@ -36,7 +36,8 @@ class Setup:
 
     ``shard_size`` ranks share one copy of the student and ``teacher_size`` one copy of every teacher (1: each rank has its own), out of
     ``world_size`` ranks, ``node_size`` of them on a node. ``width`` and ``teacher_width`` are bytes of a number that student and teacher compute in.
-    ``chunk_rows`` rows go through the heads at a time, in float32 where ``wide_heads`` (on CPUs), and through a compiled kernel where ``fused``.
+    ``chunk_rows`` rows go through the heads at a time, in float32 where ``wide_heads`` (on CPUs that do not multiply bf16), and through a compiled
+    kernel where ``fused``.
     """
 
     engine: str = "local"

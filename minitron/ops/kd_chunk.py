@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from minitron.errors import ConfigError, nearest
+from minitron.host import on_huge_pages
 from minitron.log import get_logger
 from minitron.ops import build
 from minitron.ops.head import Head, float32_logits, products_into
@@ -165,5 +166,5 @@ class KernelChunks:
         if hidden.device.type != "cpu":
             return float32_logits(hidden, head.weight)
         if whose not in self._buffers or len(self._buffers[whose]) < len(hidden):
-            self._buffers[whose] = torch.empty(len(hidden), head.num_tokens, dtype=torch.float32)
+            self._buffers[whose] = on_huge_pages(torch.empty(len(hidden), head.num_tokens, dtype=torch.float32))
         return products_into(self._buffers[whose][: len(hidden)], hidden.to(head.weight.dtype), head.weight)

@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 
+from minitron.host import on_huge_pages
 from minitron.ops.products import bf16_product
 
 
@@ -25,7 +26,7 @@ class Gradients:
         """Room for those that are needed, uninitialised."""
         return cls(
             torch.empty_like(hidden) if needed[0] else None,
-            torch.empty(weight.shape, dtype=torch.float32, device=weight.device) if needed[1] else None,
+            on_huge_pages(torch.empty(weight.shape, dtype=torch.float32, device=weight.device)) if needed[1] else None,
             torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if bias is not None and needed[2] else None,
         )
 
@@ -38,6 +39,12 @@ class Gradients:
         if self.bias is not None:
             self.bias += gradient.sum(dim=0, dtype=torch.float32)
         self.empty = False
+
+    def weight_as(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The weight's gradient in its dtype."""
+        if self.weight is None or self.weight.dtype == dtype:
+            return self.weight
+        return on_huge_pages(torch.empty_like(self.weight, dtype=dtype)).copy_(self.weight)
 
     def done(self, rows: torch.Tensor | None, shape: torch.Size) -> None:
         """Zeros where no chunk has come; hidden states of ``rows`` alone go back to where they stood in ``shape``."""

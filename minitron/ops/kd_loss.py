@@ -96,7 +96,7 @@ class _Side:
         self._gradients.done(self._kept, self._shape)
         found, weights = self._gradients, constant(tuple(loss.weight for loss in self._walk.losses), self.values.device)
         bias = None if self._bias is None or found.bias is None else found.bias.to(self._bias.dtype)
-        gradients = (found.hidden, None if found.weight is None else found.weight.to(self._dtype), bias)
+        gradients = (found.hidden, found.weight_as(self._dtype), bias)
         return SweptLosses((self.values * weights).sum(), self.values, gradients)
 
 

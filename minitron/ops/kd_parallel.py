@@ -104,8 +104,7 @@ class _Sweep:
             distributed.all_reduce(gradients.hidden, group=self.group)
         weights = constant(tuple(loss.weight for loss in walk.losses), values.device)
         bias = None if student.head.bias is None or gradients.bias is None else gradients.bias.to(student.head.bias.dtype)
-        own = None if gradients.weight is None else gradients.weight.to(weight.dtype)
-        return SweptLosses((values * weights).sum(), values, (gradients.hidden, own, bias))
+        return SweptLosses((values * weights).sum(), values, (gradients.hidden, gradients.weight_as(weight.dtype), bias))
 
     def _chunk(self, logits: torch.Tensor, theirs: Any, rows: slice, values: torch.Tensor, head: Head) -> torch.Tensor:
         """Add a chunk's terms to ``values``; the gradient of this rank's products [rows, own vocab]."""
