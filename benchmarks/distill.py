@@ -377,7 +377,8 @@ def main() -> None:
     if options.peak_of:
         print(peak_of(subject, options.peak_of, options.micro[0]))
         return
-    folder = options.out / (torch.cuda.get_device_name() if GPU else f"cpu-{platform.machine()}").replace(" ", "-").lower()
+    cpu = f"cpu-{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
+    folder = options.out / (torch.cuda.get_device_name() if GPU else cpu).replace(" ", "-").lower()
     folder.mkdir(parents=True, exist_ok=True)
     words = [f"<{Path(word).name}>" if Path(word).is_absolute() else word for word in sys.argv[1:]]
     said: dict[str, Any] = {"command": " ".join(["python benchmarks/distill.py", *words]), "dtype": options.dtype}
@@ -394,7 +395,7 @@ def main() -> None:
         rows.sort(key=lambda row: (row["dtype"] != "float32", row["tokens"]))
         file.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
         if not GPU:
-            write_page(options.out, rows)
+            write_page(options.out)
         print(json.dumps(row, indent=1), flush=True)
 
 

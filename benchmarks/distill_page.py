@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ SmolLM2-135M teaches a student of 108M parameters forward KL on the same text, A
 - **plain**: both logits whole, `F.kl_div`. **trl**: TRL's GKD trainer, off-policy, the same loss.
 - **selective**: minitron with `engine.activation_checkpointing=selective`.
 - **cross entropy**: the same student without a teacher. **cached**: its teacher's hidden states, or likeliest tokens, read from files.
-- **bf16** on a processor without bf16 units, where some of torch's bf16 products take 50 times longer than those in float32, hence few tokens; the
-  loss multiplies by heads in float32 on any CPU. Nobody should train there in bf16, and `auto` does not.
+- **bf16** on AVX2 alone has no units: some of torch's bf16 products take 50 times longer than those in float32, hence few tokens. Nobody should train
+  there in bf16, and `auto` does not. Where there are units (AVX512-BF16) `auto` takes bf16.
 """
 _NAMES = {
     "ours": "minitron",
@@ -38,25 +39,30 @@ _SHARES = ("teacher", "student", "loss", "backward", "optimizer", "outside")
 _UNKNOWN = "not measured"
 
 
-def write_page(out: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write ``<out>/distill.md`` from the rows of ``distill.json``."""
+def write_page(out: Path) -> None:
+    """Write ``<out>/distill.md`` from the ``distill.json`` of every CPU."""
+    text = _INTRODUCTION
+    for file in sorted(out.glob("cpu-*/distill.json")):
+        text += f"\n## {file.parent.name}\n\n" + _tables(json.loads(file.read_text())["rows"])
+    (out / "distill.md").write_text(text + "\n## GPU\n\nNot measured (`bash benchmarks/gpu.sh`).\n")
+
+
+def _tables(rows: Sequence[dict[str, Any]]) -> str:
     parts = [
-        _INTRODUCTION,
-        "## Seconds a step\n",
+        "### Seconds a step\n",
         _table([*_NAMES.values(), "matrix products alone", "load"], [(row, _seconds(row)) for row in rows]),
-        "## Ratios of processor time (of wall time)\n",
+        "### Ratios of processor time (of wall time)\n",
         _table([f"{_NAMES[a]} / {_NAMES[b]}" for a, b in _PAIRS], [(row, [_ratio(row, *pair) for pair in _PAIRS]) for row in rows]),
-        "## Peak memory above weights and optimiser, gradients included, GB (share of plain)\n",
+        "### Peak memory above weights and optimiser, gradients included, GB (share of plain)\n",
         _table(list(_NAMES.values())[:4], [(row, _peaks(row)) for row in rows]),
-        "## Where the time of minitron's step goes\n",
+        "### Where the time of minitron's step goes\n",
         _table(list(_SHARES), [(row, [f"{row['shares'][name]:.1%}" for name in _SHARES]) for row in rows]),
-        "## Losses after the same steps\n",
+        "### Losses after the same steps\n",
         _table(list(_NAMES.values())[:4], [(row, [_number(row["losses"].get(name), 4) for name in list(_NAMES)[:4]]) for row in rows]),
-        "On a GPU: not measured (`bash benchmarks/gpu.sh`).\n",
-        "## Commands\n",
+        "### Commands\n",
         _table(["command", "torch", "threads"], [(row, [f"`{row['command']}`", row["torch"], str(row["threads"])]) for row in rows]),
     ]
-    (out / "distill.md").write_text("\n".join(parts))
+    return "\n".join(parts)
 
 
 def _table(heads: Sequence[str], rows: Sequence[tuple[dict[str, Any], Sequence[str]]]) -> str:

@@ -270,8 +270,8 @@ void input(const Arguments& a) {
       for (int64_t q = 0; q < panels; ++q) {
         gradients.ask(q, panels), weights.ask(q, panels);
         for (int64_t t = 0; t < tiles; ++t)
-          multiplied(left.get() + t * TILE * count, right.get() + q * PANEL * count, count, out + t * TILE * a.cols + q * PANEL, a.cols, a.rows - t * TILE,
-                     a.cols - q * PANEL);
+          multiplied(left.get() + t * TILE * count, right.get() + q * PANEL * count, count, out + t * TILE * a.cols + q * PANEL, a.cols,
+                     a.rows - t * TILE, a.cols - q * PANEL);
       }
     }
   }
