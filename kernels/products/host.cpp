@@ -179,6 +179,13 @@ void multiply(const uint32_t* tile, const uint32_t* panel, int64_t count, float*
     for (int64_t j = 0; j < std::min<int64_t>(PANEL, cols); ++j) out[i * stride + j] = (WAY == ADD ? out[i * stride + j] : 0.0f) + all[i][j];
 }
 
+// Before another thread reads what went past the caches.
+void settle() {
+#if defined(__AVX512BF16__)
+  _mm_sfence();
+#endif
+}
+
 using Multiply = void (*)(const uint32_t*, const uint32_t*, int64_t, float*, int64_t, int64_t, int64_t);
 
 // For results that nobody reads soon.
@@ -209,7 +216,7 @@ void head(const Arguments& a) {
 #pragma omp parallel num_threads(a.num_threads)
   {
     const Packed right = room(PANEL * count);
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic, 4) nowait
     for (int64_t q = 0; q < panels; ++q) {
       pack_along<PANEL>(a.right + q * PANEL * a.right_stride, a.right_stride, a.cols - q * PANEL, a.depth, right.get());
       const int64_t after = (q + 1) * PANEL;
@@ -220,6 +227,7 @@ void head(const Arguments& a) {
                    a.cols - q * PANEL);
       }
     }
+    settle();
   }
 }
 
@@ -233,7 +241,7 @@ void weight(const Arguments& a) {
 #pragma omp parallel num_threads(a.num_threads)
   {
     const Packed left = room(GROUP * count);
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic, 4) nowait
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t first = g * GROUP, last = std::min(first + GROUP, a.rows);
       for (int64_t row = first; row < last; row += TILE)
@@ -246,6 +254,7 @@ void weight(const Arguments& a) {
                      a.rows - row, a.cols - q * PANEL);
       }
     }
+    settle();
   }
 }
 
