@@ -2,7 +2,7 @@
 //
 // A thread takes ROWS rows at a time, over blocks of columns whose x stays in the first-level cache. A weight is expanded once for all rows of
 // x: into registers for up to DIRECT of them; where registers are few, for more of them into a buffer in that cache, from which a dense product
-// takes it. Two or four rows of the weight go side by side, so that sums do not wait for each other and x is loaded once.
+// takes it. Two to eight rows of the weight go side by side, so that sums do not wait for each other and x is loaded once.
 //
 // Vectors: an expansion covers STEP columns and yields Numbers<T>::PARTS Pieces of X, which is what x becomes, too: floats, or bf16 where the
 // processor multiplies them.
@@ -12,7 +12,7 @@ constexpr bool WIDE = Vectors::REGISTERS == 32;
 constexpr int DIRECT = WIDE ? 8 : 4;     // rows of x whose sums stay in registers while weights are expanded there, too
 constexpr int MOST = WIDE ? DIRECT : 16; // rows of x that share an expansion
 constexpr int BESIDE = 4;                // rows of the weight that are multiplied side by side when they stand expanded in memory
-constexpr int PADDING = 64;              // columns of x beyond the last, and values beyond the last, that may be read
+constexpr int PADDING = 64;              // to which rows of x are rounded up, and values beyond the last that may be read
 constexpr int64_t CACHED_BYTES = 16384;  // of x in a block of columns: half of the first-level cache, which tables and values share
 constexpr int64_t SHORT_ROW = 2048;      // bytes of values
 constexpr int64_t MOST_GROUPS = 8;       // of ROWS rows that a thread takes at a time
