@@ -91,7 +91,7 @@ void pack_along(const uint16_t* from, int64_t stride, int64_t lines, int64_t dep
   int64_t p = 0;
 #if defined(__AVX512BF16__)
   constexpr int BESIDE = WIDTH < LANES ? LANES / WIDTH : 1;  // stretches of the depth that fill a vector
-  if (lines == WIDTH) {
+  if (lines >= WIDTH) {
     const int64_t whole = depth / (2 * LANES * BESIDE) * (LANES * BESIDE);
     for (int first = 0; first < WIDTH; first += LANES) {
       for (p = 0; p < whole; p += LANES * BESIDE) {
@@ -124,12 +124,35 @@ void pack_across(const uint16_t* from, int64_t stride, int64_t lines, int64_t de
   for (int64_t p = 0; p < half(depth); ++p, to += WIDTH) {
     const uint16_t *const low = from + 2 * p * stride, *const high = low + stride;
     const bool both = 2 * p + 1 < depth;
-    if (lines == WIDTH && both) {
+    if (lines >= WIDTH && both) {
       for (int i = 0; i < WIDTH; ++i) to[i] = low[i] | uint32_t(high[i]) << 16;
     } else {
       for (int i = 0; i < WIDTH; ++i) to[i] = i >= lines ? 0 : both ? low[i] | uint32_t(high[i]) << 16 : low[i];
     }
   }
+}
+
+// The same for tiles that stand one after another, as many as are begun: four of them are a line of the cache.
+void pack_tiles_across(const uint16_t* from, int64_t stride, int64_t lines, int64_t depth, uint32_t* to) {
+  const int64_t count = half(depth);
+  int64_t first = 0;
+#if defined(__AVX512BF16__)
+  constexpr int BESIDE = 4;
+  const __m512i lower = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), upper = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  for (; first + BESIDE * TILE <= lines; first += BESIDE * TILE) {
+    for (int64_t p = 0; p < count; ++p) {
+      const uint16_t* const at = from + 2 * p * stride + first;
+      const __m512i low = _mm512_loadu_si512(at), high = 2 * p + 1 < depth ? _mm512_loadu_si512(at + stride) : _mm512_setzero_si512();
+      const __m512i front = _mm512_unpacklo_epi16(low, high), back = _mm512_unpackhi_epi16(low, high);  // halves of each tile
+      const __m512i two[2] = {_mm512_permutex2var_epi64(front, lower, back), _mm512_permutex2var_epi64(front, upper, back)};
+      for (int i = 0; i < BESIDE; ++i) {
+        __m256i* const out = reinterpret_cast<__m256i*>(to + (first + i * TILE) * count + p * TILE);
+        _mm256_store_si256(out, i % 2 ? _mm512_extracti64x4_epi64(two[i / 2], 1) : _mm512_castsi512_si256(two[i / 2]));
+      }
+    }
+  }
+#endif
+  for (; first < lines; first += TILE) pack_across<TILE>(from + first, stride, lines - first, depth, to + first * count);
 }
 
 // ---- a tile times a panel ---------------------------------------------------------------------------------------------------------------------------
@@ -244,8 +267,7 @@ void weight(const Arguments& a) {
 #pragma omp for schedule(dynamic, 4) nowait
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t first = g * GROUP, last = std::min(first + GROUP, a.rows);
-      for (int64_t row = first; row < last; row += TILE)
-        pack_across<TILE>(a.left + row, a.left_stride, a.rows - row, a.depth, left.get() + (row - first) * count);
+      pack_tiles_across(a.left + first, a.left_stride, last - first, a.depth, left.get());
       const Coming next{a.left + last, a.left_stride, a.depth, std::min(GROUP, a.rows - last)};
       for (int64_t q = 0; q < panels; ++q) {
         next.ask(q, panels);
@@ -286,10 +308,10 @@ void input(const Arguments& a) {
   }
 #pragma omp parallel for num_threads(a.num_threads)
   for (int64_t row = 0; row < a.rows; ++row) {
-    for (int64_t c = 0; c < a.cols; ++c) {
-      float total = a.add ? a.out[row * a.out_stride + c] : 0.0f;
-      for (int64_t share = 0; share < shares; ++share) total += sums[share * size + row * a.cols + c];
-      a.out[row * a.out_stride + c] = total;
+    float* const out = a.out + row * a.out_stride;
+    for (int64_t share = 0; share < shares; ++share) {
+      const float* const part = sums.get() + share * size + row * a.cols;
+      for (int64_t c = 0; c < a.cols; ++c) out[c] = (share || a.add ? out[c] : 0.0f) + part[c];
     }
   }
 }

@@ -24,6 +24,8 @@ from minitron.ops.kd_rows import IGNORE_INDEX, TERMS, VARIANTS, RowTerm, gradien
 logger = get_logger(__name__)
 
 SWITCH = "MINITRON_KD_LOSS"
+#: Floats in a line of a processor's cache. Rows at a distance of an odd number of lines do not drive each other out of it.
+_LINE = 16
 CHOICES = ("auto", "torch", "host", "cuda", *(f"cuda_{variant}" for variant in VARIANTS[1:]))
 
 
@@ -166,5 +168,7 @@ class KernelChunks:
         if hidden.device.type != "cpu":
             return float32_logits(hidden, head.weight)
         if whose not in self._buffers or len(self._buffers[whose]) < len(hidden):
-            self._buffers[whose] = on_huge_pages(torch.empty(len(hidden), head.num_tokens, dtype=torch.float32))
+            lines = -(-head.num_tokens // _LINE) | 1
+            room = on_huge_pages(torch.empty(len(hidden), lines * _LINE, dtype=torch.float32))
+            self._buffers[whose] = room[:, : head.num_tokens]
         return products_into(self._buffers[whose][: len(hidden)], hidden.to(head.weight.dtype), head.weight)

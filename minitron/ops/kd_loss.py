@@ -161,6 +161,7 @@ def sweep_heads(
             for side in sides:
                 side.take(rows, chunks, teacher, theirs)
             del theirs  # its memory is the next chunk's
+        del chunks, teacher  # and theirs that of the gradients in the weights' dtype
         return [side.done() for side in sides]
 
 
