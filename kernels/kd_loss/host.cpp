@@ -32,11 +32,16 @@ KD_FN void store(float* to, float x) { memcpy(to, &x, sizeof(x)); }
 KD_FN void store(float* to, floats x) { memcpy(to, &x, sizeof(x)); }
 KD_FN void store(bfloat16* to, float x) { *to = rounded(x); }
 KD_FN void store(bfloat16* to, floats x) {
+#if defined(__AVX512BF16__)
+  const __m256bh narrow = _mm512_cvtneps_pbh(__m512(x));  // flushes what is below 1e-38
+  memcpy(to, &narrow, sizeof(narrow));
+#else
   const ints bits = bits_of(x);
   const ints nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const ints kept = x != x ? ints{} + 0x7fc0 : nearest;
   const shorts narrow = __builtin_convertvector(kept & 0xffff, shorts);
   memcpy(to, &narrow, sizeof(narrow));
+#endif
 }
 
 // f(floats{}, i) along the row, then f(float{}, i) for what is left.
@@ -166,6 +171,7 @@ void walk(const Arguments& a, int64_t row) {
   const bool token = label >= 0 && label < vocab, hard = a.terms & 1 << CROSS_ENTROPY;
   const int64_t spot = token ? label : 0;
   const float per_temperature = 1.0f / a.temperature;
+  const Head head = PLAIN ? Head{nullptr, 1.0f, 0.0f} : a.student_head;  // constants where it is plain
 
   const Moments<float> s =
       right_moments_of<In, PLAIN>(a.student_factors, row, products, a.student_head, vocab, per_temperature, hard && a.temperature != 1.0f);
@@ -200,11 +206,11 @@ void walk(const Arguments& a, int64_t row) {
       const Pair<V> x = pair_of<MODE, V>(z, theirs, r, a.terms);
       if constexpr (MODE == FORWARD && sizeof(V) == sizeof(floats)) add<MODE, V>(many, x, z, theirs, r, a.terms);
       if constexpr (MODE == FORWARD && sizeof(V) == sizeof(float)) add<MODE, V>(total, x, z, theirs, r, a.terms);
-      store(gradient + i, gradient_of<MODE, V>(x, z, all<V>(0.0f), r, a.student_head, a.terms));
+      store(gradient + i, gradient_of<MODE, V>(x, z, all<V>(0.0f), r, head, a.terms));
     });
     if (hard && token) {
       const Pair<float> x = pair_of<MODE, float>(student_there, teacher_there, r, a.terms);
-      store(gradient + label, gradient_of<MODE, float>(x, student_there, 1.0f, r, a.student_head, a.terms));
+      store(gradient + label, gradient_of<MODE, float>(x, student_there, 1.0f, r, head, a.terms));
     }
     if (MODE == FORWARD) total = folded(many, total);
   }

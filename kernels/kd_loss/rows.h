@@ -10,6 +10,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX512F__) && !defined(__CUDACC__)
+#include <immintrin.h>
+#endif
 
 #ifdef __CUDACC__
 #define KD_FN __host__ __device__ __forceinline__
@@ -113,10 +116,19 @@ KD_FN V larger(V a, V b) {
   return b > a ? b : a;
 }
 
+// max(low, x), a NaN of x for itself.
+template <class V>
+KD_FN V at_least(float low, V x) {
+#if defined(__AVX512F__) && !defined(__CUDACC__)
+  if constexpr (sizeof(V) == 64) return V(_mm512_max_ps(_mm512_set1_ps(low), __m512(x)));
+#endif
+  return x < all<V>(low) ? all<V>(low) : x;
+}
+
 // e^x for x ≤ 0; below −87 about 1e-38. Cephes' polynomial: 2 units in the last place.
 template <class V>
 KD_FN V exp_of(V x) {
-  x = x < all<V>(-87.0f) ? all<V>(-87.0f) : x;
+  x = at_least<V>(-87.0f, x);
   const V shifted = x * 1.44269504f + 12582912.0f;  // the nearest integer stands in the low bits
   const V n = shifted - 12582912.0f;
   const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -125,7 +137,7 @@ KD_FN V exp_of(V x) {
   y = y * r + 4.1665795894e-2f;
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.0f;
+  y = (y * r + 1.0f) * r + 1.0f;
   return y * of_bits((bits_of(shifted) << 23) + 0x3f800000);
 }
 template <class V>
