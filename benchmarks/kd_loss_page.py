@@ -16,17 +16,17 @@ Forward KL, forward and backward, from hidden states to the gradients of hidden 
 full size: the floor. `naive` materialises both logits in float32 and calls `kl_div`. `ours (torch)` are the row functions in PyTorch, chunk by chunk;
 `ours (host)` and `ours (cuda …)` are the compiled sweeps. Providers take turns in one process; median with 20th and 80th percentile. `plain script`:
 the same call in a process that leaves the allocator as it is, as scripts do, beside `naive` there; minitron's own processes keep freed memory and
-save the page faults.
+save the page faults. There one call follows another, as in a loop: after a rest a virtual machine may have handed freed memory back to its host, and
+taking it again costs what it likes.
 Errors are relative, against float64: gradient of the hidden states (16 rows) and of the head (64 tokens). `near` is a student at a divergence of
-about 0.01, where gradients are small differences. On a CPU the ratios are of process CPU time, since others may use the machine.
+about 0.01, where gradients are small differences. On a CPU the ratios are of process CPU time, since others may use the machine, and in brackets
+of wall time.
 Near convergence the error in float32 is the rounding of the heads' products, and the gradient stands in a few tokens: the sweep on
 CPUs makes those of 1/128 and more anew, with sums in float64. Tried by hand, on 64 rows: making the likeliest 16 of 49,152 anew lowers
 the error of the logits' gradient from 2.2e-5 to 4.4e-6, the likeliest 4,096 to 2.8e-6. On CPUs a chunk has 256 rows, whose float32 products with
 the heads are made by slices of 1,024 tokens. In bf16 `products`, `naive` and `liger chunked` take torch's products, which are rounded to bf16; ours
 takes those of `kernels/products` where the processor multiplies bf16 (AVX512-BF16), which are float32, and float32 products elsewhere. Machines with
-AVX2 alone multiply bf16 in software, at minutes for 1,024 rows. What a plain script pays for fresh pages changes from hour to hour: over four runs
-in bf16 (of 5, 30, 7 and 30 turns) ours was 1.93, 1.84, 2.49 and 1.86 times faster than naive there far from convergence, 2.08, 1.75, 2.56 and 1.71
-near. Its products alone are 2.2 to 3.1 times faster than naive.
+AVX2 alone multiply bf16 in software, at minutes for 1,024 rows.
 
 Written by `python benchmarks/kd_loss.py`.
 """
@@ -38,11 +38,16 @@ bf16, and the sweep alone beside a copy.
 """
 
 
+def _ratio(row: dict[str, Any], one: str, other: str) -> str:
+    """How much longer one takes than another; of CPUs the time of the process, with the wall's in brackets."""
+    wall = f"{row['seconds'][one]['median'] / row['seconds'][other]['median']:.2f}"
+    return f"{row['cpu_seconds'][one] / row['cpu_seconds'][other]:.2f} ({wall})" if row["cpu_seconds"] else wall
+
+
 def _table(document: dict[str, Any]) -> str:
     lines = []
     for row in document["results"]:
         cpu = bool(row["cpu_seconds"])
-        cost = row["cpu_seconds"] or {name: value["median"] for name, value in row["seconds"].items()}
         kind = ", near" if row["near"] else ""
         widths = f"widths {row['hidden']} and {row['teacher_hidden']}, vocabulary {row['vocab']}"
         lines.append(f"\n**{row['rows']} rows, {widths}, {row['dtype'].removeprefix('torch.')}{kind}**\n")
@@ -53,7 +58,7 @@ def _table(document: dict[str, Any]) -> str:
             extra = f"{1e3 * row['cpu_seconds'][name]:.0f}" if cpu else f"{row['extra_bytes'][name] / 1e9:.2f}"
             errors = " | ".join(f"{each:.1e}" for each in row["gradient_errors"].get(name, ())) or " | "
             plain = ", plain script" if name.endswith(", plain script") else ""
-            ratios = f"{cost[name] / cost['products']:.2f} | {cost['naive' + plain] / cost[name]:.2f}"
+            ratios = " | ".join(_ratio(row, *pair) for pair in ((name, "products"), ("naive" + plain, name)))
             lines.append(f"| {name} | {middle:.4g} ({low:.4g}–{high:.4g}) | {extra} | {ratios} | {errors} |")
     return "\n".join(lines) + "\n"
 

@@ -42,7 +42,7 @@ def exact(kind: str, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
     ("rows", "cols", "depth"),
-    [(1, 1, 1), (8, 48, 32), (9, 49, 33), (7, 100, 600), (65, 47, 515), (130, 97, 64), (3, 5, 7), (16, 48, 2), (64, 96, 1030)],
+    [(1, 1, 1), (8, 48, 32), (9, 49, 33), (7, 100, 600), (65, 47, 515), (130, 97, 64), (3, 5, 7), (16, 48, 2), (64, 96, 1030), (20, 800, 40)],
 )
 def test_products_equal_float64(kind: str, threads: int, rows: int, cols: int, depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)

@@ -32,8 +32,9 @@ struct Arguments {
 namespace {
 
 constexpr int LANES = 16, TILE = 8, VECTORS = 3, PANEL = LANES * VECTORS;
-constexpr int64_t BLOCK = 256;  // of the head's rows at a time, where the sum runs over them
+constexpr int64_t BLOCK = 512;  // of the head's rows at a time, where the sum runs over them
 constexpr int64_t GROUP = 128;  // of rows whose tiles stand beside each other, where they are the head's
+constexpr int64_t SPAN = 16;    // of panels that stay in the second-level cache
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t pairs __attribute__((vector_size(4 * LANES)));
@@ -118,11 +119,12 @@ void pack_along(const uint16_t* from, int64_t stride, int64_t lines, int64_t dep
   }
 }
 
-// Lines that run across it: those of a depth stand beside each other.
+// Lines that run across it: those of a depth stand beside each other, and where they stand far apart from the next ones they are asked for.
 template <int WIDTH>
 void pack_across(const uint16_t* from, int64_t stride, int64_t lines, int64_t depth, uint32_t* to) {
   for (int64_t p = 0; p < half(depth); ++p, to += WIDTH) {
     const uint16_t *const low = from + 2 * p * stride, *const high = low + stride;
+    for (int i = 0; i < WIDTH; i += 32) __builtin_prefetch(low + 16 * stride + i), __builtin_prefetch(high + 16 * stride + i);
     const bool both = 2 * p + 1 < depth;
     if (lines >= WIDTH && both) {
       for (int i = 0; i < WIDTH; ++i) to[i] = low[i] | uint32_t(high[i]) << 16;
@@ -254,7 +256,7 @@ void head(const Arguments& a) {
   }
 }
 
-// The head's rows are rows of the result: group by group of tiles, each for all columns.
+// The head's rows are rows of the result: tile by tile of a group, each for all columns, so that the result is gone through in its order.
 void weight(const Arguments& a) {
   const int64_t count = half(a.depth), panels = parts(a.cols, PANEL), groups = parts(a.rows, GROUP);
   const Multiply multiplied = multiply_once(a);
@@ -269,11 +271,13 @@ void weight(const Arguments& a) {
       const int64_t first = g * GROUP, last = std::min(first + GROUP, a.rows);
       pack_tiles_across(a.left + first, a.left_stride, last - first, a.depth, left.get());
       const Coming next{a.left + last, a.left_stride, a.depth, std::min(GROUP, a.rows - last)};
-      for (int64_t q = 0; q < panels; ++q) {
-        next.ask(q, panels);
-        for (int64_t row = first; row < last; row += TILE)
-          multiplied(left.get() + (row - first) * count, right.get() + q * PANEL * count, count, a.out + row * a.out_stride + q * PANEL, a.out_stride,
-                     a.rows - row, a.cols - q * PANEL);
+      for (int64_t begin = 0; begin < panels; begin += SPAN) {
+        for (int64_t row = first; row < last; row += TILE) {
+          next.ask(begin / SPAN * (GROUP / TILE) + (row - first) / TILE, parts(panels, SPAN) * (GROUP / TILE));
+          for (int64_t q = begin; q < std::min(begin + SPAN, panels); ++q)
+            multiplied(left.get() + (row - first) * count, right.get() + q * PANEL * count, count, a.out + row * a.out_stride + q * PANEL,
+                       a.out_stride, a.rows - row, a.cols - q * PANEL);
+        }
       }
     }
     settle();
@@ -287,21 +291,20 @@ void input(const Arguments& a) {
   const std::unique_ptr<float[]> sums(new float[shares * size]);
 #pragma omp parallel for schedule(static, 1) num_threads(int(shares))
   for (int64_t share = 0; share < shares; ++share) {
-    const Packed left = room(TILE * tiles * BLOCK / 2), right = room(PANEL * panels * BLOCK / 2);
+    const Packed left = room(TILE * tiles * BLOCK / 2), right = room(PANEL * BLOCK / 2);
     float* const out = sums.get() + share * size;
     for (int64_t b = blocks * share / shares, begin = b; b < blocks * (share + 1) / shares; ++b) {
       const int64_t first = b * BLOCK, depth = std::min(BLOCK, a.depth - first), count = half(depth);
       for (int64_t t = 0; t < tiles; ++t)
         pack_along<TILE>(a.left + t * TILE * a.left_stride + first, a.left_stride, a.rows - t * TILE, depth, left.get() + t * TILE * count);
-      for (int64_t q = 0; q < panels; ++q)
-        pack_across<PANEL>(a.right + first * a.right_stride + q * PANEL, a.right_stride, a.cols - q * PANEL, depth, right.get() + q * PANEL * count);
       const int64_t after = first + depth, more = std::min(BLOCK, a.depth - after);
       const Coming gradients{a.left + after, a.left_stride, a.rows, more}, weights{a.right + after * a.right_stride, a.right_stride, more, a.cols};
       const Multiply multiplied = b > begin ? multiply<ADD> : multiply<KEEP>;
       for (int64_t q = 0; q < panels; ++q) {
         gradients.ask(q, panels), weights.ask(q, panels);
+        pack_across<PANEL>(a.right + first * a.right_stride + q * PANEL, a.right_stride, a.cols - q * PANEL, depth, right.get());
         for (int64_t t = 0; t < tiles; ++t)
-          multiplied(left.get() + t * TILE * count, right.get() + q * PANEL * count, count, out + t * TILE * a.cols + q * PANEL, a.cols,
+          multiplied(left.get() + t * TILE * count, right.get(), count, out + t * TILE * a.cols + q * PANEL, a.cols,
                      a.rows - t * TILE, a.cols - q * PANEL);
       }
     }
