@@ -26,8 +26,8 @@ CPUs makes those of 1/128 and more anew, with sums in float64. Tried by hand, on
 the error of the logits' gradient from 2.2e-5 to 4.4e-6, the likeliest 4,096 to 2.8e-6. On CPUs a chunk has 256 rows, whose float32 products with
 the heads are made by slices of 1,024 tokens. In bf16 `products`, `naive` and `liger chunked` take torch's products, which are rounded to bf16; ours
 takes those of `kernels/products` where the processor multiplies bf16 (AVX512-BF16), which are float32, and float32 products elsewhere. Machines with
-AVX2 alone multiply bf16 in software, at minutes for 1,024 rows. Of two runs of 30 turns before the last changes to `kernels/products`, plain scripts in
-bf16 were 2.00 and 2.07 (by wall 2.12 and 2.21) times faster than naive far from convergence, 1.96 and 1.94 (2.07 and 2.01) near.
+AVX2 alone multiply bf16 in software, at minutes for 1,024 rows. In two runs of 30 turns before the last changes to `kernels/products`, plain scripts
+in bf16 were 2.00 and 2.07 (by wall 2.12 and 2.21) times faster than naive far from convergence, 1.96 and 1.94 (2.07 and 2.01) near.
 
 Written by `python benchmarks/kd_loss.py`.
 """
