@@ -26,6 +26,7 @@ from minitron.ops.head import PLAIN, Head, LogitTransform
 from minitron.ops.kd_chunk import SWITCH, choose
 from minitron.ops.kd_loss import IGNORE_INDEX, fused_linear_losses
 from minitron.ops.kd_rows import TERMS, arguments_of, gradient_view, kd_rows, reference_rows
+from minitron.ops.products import native
 
 BETA = 0.3
 CAPPED = (LogitTransform(0.5, 4.0), LogitTransform(2.0, 30.0))
@@ -344,6 +345,21 @@ def test_only_what_is_asked_for_is_computed_and_memory_is_flat(name: str, monkey
         assert hidden.grad is not None and weight.grad is None
     chunk = 64 * 1000 * 4
     assert 2 * chunk <= peaks[256] <= 8 * chunk and peaks[1024] - peaks[256] <= 0.3 * chunk  # vectors of a number a row
+
+
+@needs_compiler
+def test_chunks_make_room_for_the_gradients_in_the_weights_dtype() -> None:
+    """The head's gradient is summed in float32 and rounded in the end: by then the chunks have given their memory back."""
+    rows, vocab, width, chunk_size = 64, 1000, 64, 16
+    hidden, weight = (torch.randn(size, width).bfloat16().requires_grad_() for size in (rows, vocab))
+    taught, taught_by = (torch.randn(size, 8).bfloat16() for size in (rows, vocab))
+    with LiveBytes(hidden, weight) as live:
+        fused_linear_losses(
+            hidden, Head(weight), torch.zeros(rows, dtype=torch.long), build_losses(LossConfig()), chunk_size=chunk_size,
+            compute_dtype=torch.bfloat16, teacher_hidden=taught, teacher_head=Head(taught_by), denominator=torch.ones(()),
+        )  # fmt: skip
+    chunks, summed, cast = 2 * 4 * chunk_size * vocab, 4 * vocab * width, 0 if native() else 4 * vocab * (width + 8)
+    assert chunks + summed <= live.peak - cast <= chunks + summed + weight.nbytes // 2
 
 
 def test_the_choice_and_its_refusals(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
