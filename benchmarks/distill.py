@@ -18,7 +18,6 @@ import atexit
 import ctypes
 import gc
 import json
-import platform
 import shutil
 import statistics
 import subprocess
@@ -35,6 +34,7 @@ from minitron import host  # noqa: E402
 
 host.prepare()  # the settings under which minitron itself runs, and before torch is loaded
 
+import machine  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from distill_page import write_page  # noqa: E402
@@ -377,8 +377,7 @@ def main() -> None:
     if options.peak_of:
         print(peak_of(subject, options.peak_of, options.micro[0]))
         return
-    cpu = f"cpu-{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
-    folder = options.out / (torch.cuda.get_device_name() if GPU else cpu).replace(" ", "-").lower()
+    folder = options.out / machine.folder_name()
     folder.mkdir(parents=True, exist_ok=True)
     words = [f"<{Path(word).name}>" if Path(word).is_absolute() else word for word in sys.argv[1:]]
     said: dict[str, Any] = {"command": " ".join(["python benchmarks/distill.py", *words]), "dtype": options.dtype}

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from minitron import host
 if "--plain" not in sys.argv:
     host.prepare()  # the settings under which minitron itself runs, and before torch is loaded
 
+import machine  # noqa: E402
 import torch  # noqa: E402
 
 from minitron.distill.losses import LossConfig, build_losses  # noqa: E402
@@ -350,16 +350,14 @@ def main() -> None:
     memory = {f"{way}, {dtype}": {rows: memory_of(way, rows, dtype) for rows in sizes} for dtype in dtypes for way in ("naive", best)}
     document = {
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if GPU else f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "device": machine.described(),
         "load_average": [load, os.getloadavg()[0]],
         "command": " ".join(["python benchmarks/kd_loss.py", *sys.argv[1:]]),
         "results": results,
         "memory": memory,
         "bandwidth": bandwidth() if GPU else [],
     }
-    cpu = f"cpu-{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
-    machine = (torch.cuda.get_device_name() if GPU else cpu).replace(" ", "-").lower()
-    folder = arguments.out / machine
+    folder = arguments.out / machine.folder_name()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "kd_loss.json").write_text(json.dumps(document, indent=1) + "\n")
     from kd_loss_page import write

@@ -14,7 +14,6 @@ import argparse
 import ctypes
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from minitron import host  # noqa: E402
 
 host.prepare()  # the settings under which minitron itself runs, and before torch is loaded
 
+import machine  # noqa: E402
 import torch  # noqa: E402
 from torch.nn.functional import linear  # noqa: E402
 
@@ -205,9 +205,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    cpu = f"cpu-{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
-    machine = (torch.cuda.get_device_name() if GPU else cpu).replace(" ", "-").lower()
-    file = arguments.out / machine / "sparse_matmul.json"
+    file = arguments.out / machine.folder_name() / "sparse_matmul.json"
     document = json.loads(file.read_text()) if file.is_file() else {}
     sections: dict[str, Callable[[int], Any]] = {"square": square, "shapes": shapes, "decode": decode}
     if GPU:
@@ -220,7 +218,7 @@ def main() -> None:
             rows = sections[name](arguments.repeats)
         document[name] = {
             "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if GPU else f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+            "device": machine.described(),
             "load_average": [load, os.getloadavg()[0]],
             "command": " ".join(["python benchmarks/sparse_matmul.py", *sys.argv[1:]]),
             "rows": rows,

@@ -119,7 +119,7 @@ void pack_along(const uint16_t* from, int64_t stride, int64_t lines, int64_t dep
   }
 }
 
-// Lines that run across it: those of a depth stand beside each other, and where they stand far apart from the next ones they are asked for.
+// Lines that run across it: those of a depth stand beside each other. A depth is a row away from the next: later ones are asked for.
 template <int WIDTH>
 void pack_across(const uint16_t* from, int64_t stride, int64_t lines, int64_t depth, uint32_t* to) {
   for (int64_t p = 0; p < half(depth); ++p, to += WIDTH) {

@@ -24,9 +24,9 @@ from minitron.ops.kd_rows import IGNORE_INDEX, TERMS, VARIANTS, RowTerm, gradien
 logger = get_logger(__name__)
 
 SWITCH = "MINITRON_KD_LOSS"
+CHOICES = ("auto", "torch", "host", "cuda", *(f"cuda_{variant}" for variant in VARIANTS[1:]))
 #: Floats in a line of a processor's cache. Rows at a distance of an odd number of lines do not drive each other out of it.
 _LINE = 16
-CHOICES = ("auto", "torch", "host", "cuda", *(f"cuda_{variant}" for variant in VARIANTS[1:]))
 
 
 def row_term(function: Any) -> RowTerm | None:

@@ -41,7 +41,7 @@ class Gradients:
         self.empty = False
 
     def weight_as(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """The weight's gradient in its dtype."""
+        """The weight's gradient [vocab, hidden] in the weight's ``dtype``."""
         if self.weight is None or self.weight.dtype == dtype:
             return self.weight
         return on_huge_pages(torch.empty_like(self.weight, dtype=dtype)).copy_(self.weight)
